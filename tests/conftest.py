@@ -1,0 +1,13 @@
+"""Eight devices on a CPU, and one compilation cache for the whole suite."""
+
+import os
+import pathlib
+
+_CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+
+# Before jax is imported; subprocesses inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -1,0 +1,118 @@
+"""The ml_collections face of the table of optimizers."""
+
+import math
+from typing import Any
+
+import optax
+from ml_collections import ConfigDict, config_dict
+
+from flax_mechanic import registry
+from flax_mechanic.errors import UsageError
+
+
+def add_optimizer_config(
+  config: ConfigDict, optimizer: str = "adamw"
+) -> ConfigDict:
+  """Adds the optimizer's fields to a job's config.
+
+  The fields are `config.optimizer`, `config.opt.<name>.<option>` for every
+  registered name, `config.grad_clip` (maximum global norm, 0.0 for none) and
+  `config.accumulate_steps` (batches an update). Every one is settable from the
+  command line: `--config.optimizer=mechanic --config.opt.mechanic.base=sgd`.
+
+  Args:
+    config: a config whose `learning_rate`, if there is one, is the one that
+      optimizers tuned by hand shall read.
+    optimizer: the default, the job's present optimizer.
+
+  Returns:
+    `config`.
+
+  Raises:
+    UsageError: one of the fields is there already, or `optimizer` is unknown.
+
+  Example:
+    >>> config = add_optimizer_config(ConfigDict({"learning_rate": 1e-3}))
+    >>> config.opt.mechanic.base
+    'adamw'
+  """
+  registry.get(optimizer, "optimizer")
+  fields = {
+    "optimizer": optimizer,
+    "opt": {
+      name: {option: _field(value) for option, value in row.options.items()}
+      for name, row in registry.methods().items()
+    },
+    "grad_clip": 0.0,
+    "accumulate_steps": 1,
+  }
+  taken = [field for field in fields if field in config]
+  if taken:
+    raise UsageError(
+      f"config.{taken[0]} is there already; rename it before calling "
+      "add_optimizer_config"
+    )
+  with config.unlocked():
+    config.update(ConfigDict(fields))
+  return config
+
+
+def make_optimizer(
+  config: ConfigDict, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+  """Returns the optax transformation that the config names.
+
+  Args:
+    config: a config that went through `add_optimizer_config`.
+    schedule: update count -> learning rate, a shape with peak 1.0; None is
+      constant. Optimizers tuned by hand multiply it by `config.learning_rate`;
+      learning-rate-free ones do not read that field.
+
+  Raises:
+    UsageError: an unknown name, a combination that makes no sense, or a value
+      out of range.
+
+  Example:
+    >>> config = add_optimizer_config(ConfigDict(), optimizer="mechanic")
+    >>> tx = make_optimizer(config, optax.cosine_decay_schedule(1.0, 100))
+  """
+  options = config.opt.to_dict()
+  rows = registry.stack(config.optimizer, options)
+  peak = _learning_rate(config) if registry.reads_learning_rate(rows) else 1.0
+  shape = schedule or optax.constant_schedule(1.0)
+  tx = registry.build(rows, options, lambda count: peak * shape(count))
+  if not 0 <= config.grad_clip < math.inf:
+    raise UsageError(
+      f"config.grad_clip={config.grad_clip} must be a norm above 0, or 0 for "
+      "no clipping"
+    )
+  if config.grad_clip:
+    tx = optax.chain(optax.clip_by_global_norm(config.grad_clip), tx)
+  if config.accumulate_steps < 1:
+    raise UsageError(
+      f"config.accumulate_steps={config.accumulate_steps} must be at least 1"
+    )
+  if config.accumulate_steps > 1:
+    tx = optax.MultiSteps(tx, config.accumulate_steps).gradient_transformation()
+  return tx
+
+
+def _field(default: Any) -> Any:
+  """Makes a typed placeholder of an option whose default is None."""
+  if isinstance(default, type):
+    return config_dict.placeholder(default)
+  return default
+
+
+def _learning_rate(config: ConfigDict) -> float:
+  value = config.get("learning_rate")
+  if value is None:
+    raise UsageError(
+      f"config.optimizer={config.optimizer!r} is tuned by hand and needs "
+      "config.learning_rate; set it, or take --config.optimizer=mechanic"
+    )
+  if not 0 <= value < math.inf:
+    raise UsageError(
+      f"config.learning_rate={value} must be a finite number of at least 0"
+    )
+  return value

@@ -1,0 +1,214 @@
+"""The flag: its config fields, what they build, and what typos say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+import flax_mechanic
+from flax_mechanic import registry
+from flax_mechanic.errors import UsageError
+from tests import network
+
+
+def make_config(**fields):
+  config = ConfigDict({"learning_rate": 0.01})
+  flax_mechanic.add_optimizer_config(config)
+  config.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in fields.items()}
+  )
+  return config
+
+
+def test_every_option_is_the_method_s_own_default():
+  config = make_config()
+  assert config.optimizer == "adamw"
+  assert config.opt.adamw.b2 == 0.999
+  assert config.opt.adamw.mu_dtype is None
+  assert config.opt.mechanic.to_dict() == {
+    "base": "adamw",
+    "weight_decay": 1e-2,
+    "eps": 1e-8,
+    "s_init": 1e-6,
+    "num_betas": 6,
+  }
+  config.opt.adamw.mu_dtype = "bfloat16"
+  state = flax_mechanic.make_optimizer(config).init(network.params())
+  mu = optax.tree.get(state, "mu")
+  assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(mu))
+
+
+def test_an_option_of_the_wrong_type_or_name_is_refused():
+  config = make_config()
+  with pytest.raises(TypeError):
+    config.opt.mechanic.num_betas = "six"
+  config = make_config(optimizer="mechanic")
+  config.opt.mechanic.s_int = 1.0
+  with pytest.raises(UsageError, match=r"s_int is not .* mean 's_init'"):
+    flax_mechanic.make_optimizer(config)
+
+
+@pytest.mark.parametrize(
+  ("name", "reference"),
+  [
+    ("adamw", lambda lr: optax.adamw(lr)),
+    ("sgd", lambda lr: optax.sgd(lr, momentum=0.9)),
+    ("lion", lambda lr: optax.lion(lr)),
+  ],
+)
+def test_tuned_methods_are_optax_s(name, reference):
+  shape = optax.linear_schedule(1.0, 0.0, 30)
+  config = make_config(optimizer=name)
+  ours = network.train(flax_mechanic.make_optimizer(config, shape), 30)
+  theirs = network.train(reference(lambda count: 0.01 * shape(count)), 30)
+  np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
+
+
+def test_options_reach_the_method():
+  config = make_config(optimizer="sgd", opt__sgd__momentum=0.5)
+  ours = network.train(flax_mechanic.make_optimizer(config), 10)
+  theirs = network.train(optax.sgd(0.01, momentum=0.5), 10)
+  np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd", "lion"])
+def test_mechanic_wraps_its_base_and_reads_no_learning_rate(base):
+  shape = optax.linear_schedule(1.0, 0.0, 30)
+  config = make_config(
+    optimizer="mechanic", opt__mechanic__base=base, learning_rate=100.0
+  )
+  ours = network.train(flax_mechanic.make_optimizer(config, shape), 30)
+  by_hand = {
+    "adamw": optax.adamw(shape),
+    "sgd": optax.sgd(shape, momentum=0.9),
+    "lion": optax.lion(shape),
+  }[base]
+  theirs = network.train(optax.contrib.mechanize(by_hand), 30)
+  np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4)
+  del config.learning_rate
+  flax_mechanic.make_optimizer(config, shape)
+
+
+def test_gradient_clipping_and_accumulation():
+  config = make_config(optimizer="sgd", grad_clip=0.1, accumulate_steps=2)
+  tx = flax_mechanic.make_optimizer(config)
+  x = network.params()
+  state = tx.init(x)
+  update = jax.jit(tx.update)
+  ones = jax.tree.map(jnp.ones_like, x)
+  updates, state = update(ones, state, x)
+  assert optax.tree.norm(updates) == 0
+  updates, state = update(jax.tree.map(lambda g: 3 * g, ones), state, x)
+  np.testing.assert_allclose(optax.tree.norm(updates), 0.1 * 0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"optimizer": "mechanik"}, "did you mean 'mechanic'"),
+    (
+      {"optimizer": "mechanic", "opt__mechanic__base": "adamww"},
+      "config.opt.mechanic.base='adamww' .*did you mean 'adamw'",
+    ),
+    (
+      {"optimizer": "mechanic", "opt__mechanic__base": "mechanic"},
+      "wraps itself",
+    ),
+    ({"learning_rate": float("nan")}, "config.learning_rate=nan"),
+    ({"learning_rate": -1.0}, "config.learning_rate=-1.0"),
+    ({"grad_clip": -1.0}, "config.grad_clip=-1.0"),
+    ({"accumulate_steps": 0}, "config.accumulate_steps=0"),
+  ],
+)
+def test_bad_values_are_one_sentence(fields, words):
+  with pytest.raises(UsageError, match=words) as error:
+    flax_mechanic.make_optimizer(make_config(**fields))
+  assert "\n" not in str(error.value)
+
+
+def test_a_tuned_method_asks_for_the_learning_rate():
+  config = flax_mechanic.add_optimizer_config(ConfigDict())
+  with pytest.raises(UsageError, match=r"needs config\.learning_rate"):
+    flax_mechanic.make_optimizer(config)
+
+
+def test_fields_that_are_taken_are_named():
+  with pytest.raises(UsageError, match=r"config\.optimizer is there already"):
+    flax_mechanic.add_optimizer_config(ConfigDict({"optimizer": "adam"}))
+  with pytest.raises(UsageError, match="did you mean 'lion'"):
+    flax_mechanic.add_optimizer_config(ConfigDict(), optimizer="lionn")
+
+
+def test_register_adds_a_transformation_to_the_flag(monkeypatch):
+  monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+
+  def signum(learning_rate, beta=0.9):
+    return optax.chain(
+      optax.trace(beta),
+      optax.scale_by_sign(),
+      optax.scale_by_learning_rate(learning_rate),
+    )
+
+  flax_mechanic.register("signum", signum)
+  config = make_config(optimizer="signum", opt__signum__beta=0.8)
+  ours = network.train(flax_mechanic.make_optimizer(config), 10)
+  theirs = network.train(signum(0.01, beta=0.8), 10)
+  np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
+
+  config = make_config(optimizer="mechanic", opt__mechanic__base="signum")
+  ours = network.train(flax_mechanic.make_optimizer(config), 10)
+  theirs = network.train(optax.contrib.mechanize(signum(1.0)), 10)
+  np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4)
+  with pytest.raises(UsageError, match="registered already"):
+    flax_mechanic.register("signum", signum)
+  with pytest.raises(UsageError, match="identifier"):
+    flax_mechanic.register("sig-num", signum)
+
+
+@pytest.mark.parametrize(
+  ("name", "values"),
+  [
+    ("constant", {0: 1.0, 10: 1.0, 99: 1.0}),
+    ("warmup", {0: 0.0, 5: 0.5, 10: 1.0, 99: 1.0}),
+    (
+      "warmup_cosine",
+      {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.5, 100: 0.0},
+    ),
+    ("warmup_linear", {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.5, 100: 0.0}),
+    ("rsqrt", {0: 0.0, 5: 0.5, 10: 1.0, 40: 0.5, 90: 1 / 3}),
+  ],
+)
+def test_schedules_are_shapes_with_peak_one(name, values):
+  schedule = flax_mechanic.make_schedule(name, 100, 10)
+  for step, value in values.items():
+    np.testing.assert_allclose(
+      jax.jit(schedule)(jnp.int32(step)), value, atol=1e-6
+    )
+
+
+def test_schedule_errors():
+  with pytest.raises(UsageError, match="did you mean 'warmup_cosine'"):
+    flax_mechanic.make_schedule("warmup_cosin", 100)
+  with pytest.raises(UsageError, match=r"warmup_steps=100 .* 50 updates"):
+    flax_mechanic.make_schedule("warmup", 50, 100)
+
+
+def test_scalars_read_what_was_learned():
+  shape = optax.linear_schedule(1.0, 0.0, 40)
+  config = make_config(optimizer="mechanic", grad_clip=1.0, accumulate_steps=2)
+  _, state, _ = network.train(flax_mechanic.make_optimizer(config, shape), 20)
+  found = flax_mechanic.scalars(state)
+  scale = float(jnp.sum(optax.tree.get(state, "s")))
+  np.testing.assert_allclose(found["mechanic/scale"], scale, rtol=1e-6)
+  # Ten updates of two batches; the tenth used the schedule's value at 9.
+  np.testing.assert_allclose(
+    found["learning_rate/effective"], scale * (1 - 9 / 40), rtol=1e-5
+  )
+  plain = flax_mechanic.make_optimizer(make_config(), shape)
+  found = flax_mechanic.scalars(plain.init(network.params()))
+  assert {k: round(float(v), 6) for k, v in found.items()} == {
+    "learning_rate/effective": 0.01
+  }
+  assert flax_mechanic.scalars(optax.sgd(0.1).init(network.params())) == {}

@@ -1,0 +1,124 @@
+"""`flax_mechanic.Optimizer`, the nnx.Optimizer integration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import flax_mechanic
+from flax_mechanic import mechanize
+
+
+class Model(nnx.Module):
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(4, 8, rngs=rngs)
+    self.norm = nnx.BatchNorm(8, rngs=rngs)
+    self.dropout = nnx.Dropout(0.1, rngs=rngs)
+    self.head = nnx.Linear(8, 1, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def loss_fn(model, x):
+  outputs = model(x)
+  return jnp.mean((outputs - 1.0) ** 2), outputs
+
+
+def batch(step):
+  return jax.random.normal(jax.random.key(step), (16, 4))
+
+
+def states_equal(a, b):
+  a, b = (jax.tree.leaves(nnx.to_pure_dict(nnx.state(m))) for m in (a, b))
+  raw = lambda x: (
+    jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    else x
+  )
+  return all(np.array_equal(raw(x), raw(y)) for x, y in zip(a, b, strict=True))
+
+
+def test_minimize_is_value_and_grad_then_update():
+  tx = mechanize(optax.adamw(1.0))
+  ours, theirs = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+  optimizer = flax_mechanic.Optimizer(ours, tx)
+  reference = nnx.Optimizer(theirs, tx, wrt=nnx.Param)
+  for i in range(3):
+    loss, outputs = optimizer.minimize(ours, loss_fn, batch(i), has_aux=True)
+    (expected, _), grads = nnx.value_and_grad(loss_fn, has_aux=True)(
+      theirs, batch(i)
+    )
+    reference.update(theirs, grads)
+    assert loss == expected
+    assert outputs.shape == (16, 1)
+  # Batch statistics and the dropout stream advance too.
+  assert states_equal(ours, theirs)
+  assert ours.dropout.rngs.count[...] == 3
+  assert optimizer.step[...] == 3
+
+
+def test_minimize_without_aux_returns_the_loss():
+  model = Model(nnx.Rngs(0))
+  optimizer = flax_mechanic.Optimizer(model, optax.sgd(0.1))
+  loss = optimizer.minimize(model, lambda m, x: loss_fn(m, x)[0], batch(0))
+  assert loss.shape == ()
+
+
+def test_update_takes_every_extra_argument():
+  model = Model(nnx.Rngs(0))
+  optimizer = flax_mechanic.Optimizer(model, optax.sgd(0.1))
+  grads = nnx.grad(lambda m: loss_fn(m, batch(0))[0])(model)
+  before = model.head.bias[...]
+  optimizer.update(model, grads, value=jnp.float32(1.0), anything=2)
+  assert not np.array_equal(before, model.head.bias[...])
+
+
+def test_wrt_leaves_the_other_variables_alone():
+  model = Model(nnx.Rngs(0))
+  only_head = nnx.All(nnx.Param, nnx.PathContains("head"))
+  optimizer = flax_mechanic.Optimizer(
+    model, mechanize(optax.sgd(1.0)), wrt=only_head
+  )
+  kernel, head = model.hidden.kernel[...], model.head.kernel[...]
+  for i in range(2):
+    optimizer.minimize(model, lambda m, x: loss_fn(m, x)[0], batch(i))
+  assert np.array_equal(kernel, model.hidden.kernel[...])
+  assert not np.array_equal(head, model.head.kernel[...])
+
+
+def test_donated_step_compiles_once_and_scalars_read_its_state():
+  def create():
+    model = Model(nnx.Rngs(0))
+    tx = mechanize(optax.adamw(1.0))
+    return {"model": model, "optimizer": flax_mechanic.Optimizer(model, tx)}
+
+  graphdef, state = nnx.split(create())
+
+  @jax.jit
+  def reference(state, x):
+    objects = nnx.merge(graphdef, state)
+    optimizer = objects["optimizer"]
+    loss, _ = optimizer.minimize(objects["model"], loss_fn, x, has_aux=True)
+    return nnx.state(objects), {
+      "loss": loss,
+      **flax_mechanic.scalars(optimizer.opt_state),
+    }
+
+  donated = jax.jit(reference.__wrapped__, donate_argnums=0)
+  kept, expected = state, []
+  for i in range(4):
+    kept, metrics = reference(kept, batch(i))
+    expected.append(metrics)
+  for i in range(4):
+    state, metrics = donated(state, batch(i))
+    assert metrics == expected[i]
+  assert donated._cache_size() == 1
+  assert metrics["mechanic/scale"] > 1e-6
+
+
+def test_eval_model_of_a_plain_method_is_the_model():
+  model = Model(nnx.Rngs(0))
+  optimizer = flax_mechanic.Optimizer(model, optax.sgd(0.1))
+  assert optimizer.eval_model(model) is model

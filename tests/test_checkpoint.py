@@ -1,0 +1,111 @@
+"""`Checkpointer`: what is saved comes back, and what does not fit is named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from flax_mechanic import Checkpointer, Optimizer, UsageError, mechanize
+
+
+class Model(nnx.Module):
+  def __init__(self, rngs, width=8):
+    self.linear = nnx.Linear(4, width, rngs=rngs)
+    self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+  def __call__(self, x):
+    return self.dropout(self.linear(x))
+
+
+def create(tx=None, width=8):
+  model = Model(nnx.Rngs(0), width)
+  tx = tx or mechanize(optax.adamw(1.0))
+  return {"model": model, "optimizer": Optimizer(model, tx)}
+
+
+def make_step(graphdef):
+  def step(state, x):
+    objects = nnx.merge(graphdef, state)
+    loss = objects["optimizer"].minimize(
+      objects["model"], lambda model, x: jnp.mean((model(x) - 1) ** 2), x
+    )
+    return nnx.state(objects), loss
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def abstract(*args, **kwargs):
+  return nnx.state(nnx.eval_shape(lambda: create(*args, **kwargs)))
+
+
+def test_a_restored_run_continues_bit_for_bit(tmp_path):
+  graphdef, state = nnx.split(create())
+  step = make_step(graphdef)
+  x = jnp.ones((2, 4))
+  losses = []
+  config = ConfigDict({"num_steps": 10, "opt": {"b1": 0.9}})
+  with Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.latest() is None
+    for i in range(1, 11):
+      # Saved while the arrays are donated right after.
+      state, loss = step(state, x)
+      losses.append(loss)
+      if i % 2 == 0:
+        checkpointer.save(i, state, config=config, data={"step": i})
+  with Checkpointer(tmp_path) as checkpointer:
+    assert checkpointer.latest() == 10
+    config.num_steps = 20
+    restored = checkpointer.restore(abstract(), step=6, config=config)
+  assert restored.step == 6
+  assert restored.data == {"step": 6}
+  assert restored.changed == {"num_steps": (10, 20)}
+  state = restored.state
+  resumed = []
+  for _ in range(4):
+    state, loss = step(state, x)
+    resumed.append(loss)
+  np.testing.assert_array_equal(resumed, losses[6:])
+
+
+def test_only_the_newest_are_kept(tmp_path):
+  with Checkpointer(tmp_path, keep=2) as checkpointer:
+    for step in (1, 2, 3, 4):
+      checkpointer.save(step, {"w": jnp.full(2, step)})
+  names = sorted(path.name for path in tmp_path.iterdir())
+  assert names == ["3", "4"]
+  with Checkpointer(tmp_path) as checkpointer:
+    target = {"w": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    np.testing.assert_array_equal(checkpointer.restore(target).state["w"], 4)
+
+
+def test_a_step_that_is_not_newer_is_refused(tmp_path):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(2, {"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="step 2 was not saved"):
+      checkpointer.save(2, {"w": jnp.ones(2)})
+
+
+def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
+  saved = ConfigDict({"optimizer": "mechanic"})
+  present = ConfigDict({"optimizer": "sgd"})
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, nnx.state(create()), config=saved)
+    with pytest.raises(
+      UsageError, match=r"config\.optimizer was 'mechanic' and is 'sgd'"
+    ):
+      checkpointer.restore(abstract(optax.sgd(0.1)), config=present)
+    with pytest.raises(
+      UsageError, match=r"model/linear/bias has another shape"
+    ):
+      checkpointer.restore(abstract(width=9), config=saved)
+
+
+def test_a_step_that_is_not_there_is_named(tmp_path):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"w": jnp.ones(2)})
+    checkpointer.wait()
+    with pytest.raises(UsageError, match=r"holds no step 3; it holds \[1\]"):
+      checkpointer.restore({"w": jnp.ones(2)}, step=3)

@@ -1,0 +1,44 @@
+"""What every job has; a job's own file starts from here."""
+
+import ml_collections
+
+import flax_mechanic
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the fields every job has; `task` is for the job to set."""
+  config = ml_collections.ConfigDict()
+  # A name in train/tasks: the data, the model and the loss.
+  config.task = ""
+  # Of the initial parameters, the order of the data, dropout and samples.
+  config.seed = 0
+  # Steps of the whole run; may be raised on a resume.
+  config.num_steps = 1000
+  # Examples a step, over all devices and hosts together.
+  config.batch_size = 64
+  # Peak learning rate. Only optimizers that are tuned by hand read it.
+  config.learning_rate = 1e-3
+
+  # The learning rate over time, as a shape with peak 1: constant, warmup,
+  # warmup_cosine, warmup_linear or rsqrt.
+  config.schedule = ml_collections.ConfigDict()
+  config.schedule.name = "warmup_cosine"
+  # Steps from 0 to the peak.
+  config.schedule.warmup_steps = 100
+
+  # Steps between evaluations on the held-out split.
+  config.eval_every = 100
+  # Steps between checkpoints.
+  config.checkpoint_every = 500
+  # Steps between lines of the log and of metrics.jsonl.
+  config.log_every = 10
+
+  # What the model computes in: float32, bfloat16 or float16.
+  config.dtype = "float32"
+  # What its parameters are kept in.
+  config.param_dtype = "float32"
+
+  # config.optimizer, config.opt.<name>.<option>, config.grad_clip and
+  # config.accumulate_steps.
+  flax_mechanic.add_optimizer_config(config)
+  return config

@@ -1,0 +1,1 @@
+"""The job: tasks, the loop and its command line."""

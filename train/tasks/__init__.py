@@ -1,0 +1,78 @@
+"""What a job trains on: the data, the model and the loss, behind `Task`."""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from flax_mechanic.errors import UsageError, did_you_mean
+from train.tasks.digits import Digits
+from train.tasks.text import Text
+
+Batch = Mapping[str, np.ndarray]
+
+_TASKS = {"digits": Digits, "text": Text}
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Task(Protocol):
+  """The data, the model and the loss of one job.
+
+  A task holds no state that training changes: batches follow from the seed and
+  the step alone, so a resumed run sees exactly the batches it would have seen.
+  """
+
+  description: str
+  """One line about the data, for the log."""
+
+  def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns a new model in training mode; safe to call inside jit."""
+    ...
+
+  def train_batch(self, step: int) -> Batch:
+    """Returns the batch of `step`, a pure function of (config.seed, step).
+
+    Every array's leading axis is config.batch_size.
+    """
+    ...
+
+  def eval_batches(self) -> Iterable[Batch]:
+    """Returns the held-out split: always the same, all of one shape."""
+    ...
+
+  def loss(
+    self, model: nnx.Module, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the batch's mean loss and its metrics, float32 scalars.
+
+    Called inside jit and under grad. The model is used as it is: `model.eval()`
+    is up to the caller.
+    """
+    ...
+
+  def report(self, model: nnx.Module) -> str:
+    """Returns what to show at the end of a run; "" if there is nothing."""
+    ...
+
+
+def make_task(config: ml_collections.ConfigDict) -> Task:
+  """Returns the task that `config.task` names, its data loaded.
+
+  Raises:
+    UsageError: no such task or dtype, or the task cannot be run as configured.
+  """
+  if config.task not in _TASKS:
+    raise UsageError(
+      f"config.task={config.task!r} is not a task"
+      f"{did_you_mean(config.task, _TASKS)}"
+    )
+  for field in ("dtype", "param_dtype"):
+    if config[field] not in _DTYPES:
+      raise UsageError(
+        f"config.{field}={config[field]!r} is not a dtype to train in"
+        f"{did_you_mean(config[field], _DTYPES)}"
+      )
+  return _TASKS[config.task](config)

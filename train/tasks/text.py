@@ -1,0 +1,418 @@
+"""Any folder of text, byte by byte, and a decoder-only transformer."""
+
+import functools
+import os
+import pathlib
+import sysconfig
+import zlib
+from collections.abc import Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+
+from flax_mechanic.errors import UsageError, did_you_mean
+
+_BYTES = 256
+
+# Tests, other people's packages, and folders that are tables more than text.
+_NOT_STDLIB = (
+  "dist-packages",
+  "encodings",
+  "idlelib",
+  "lib2to3",
+  "pydoc_data",
+  "site-packages",
+  "test",
+  "tests",
+  "turtledemo",
+)
+
+
+class SwiGlu(nnx.Module):
+  """down(silu(gate(x)) * up(x)), from https://arxiv.org/abs/2002.05202."""
+
+  def __init__(self, embed_dim: int, mlp_dim: int, linear, rngs: nnx.Rngs):
+    self.gate = linear(embed_dim, mlp_dim, rngs=rngs)
+    self.up = linear(embed_dim, mlp_dim, rngs=rngs)
+    self.down = linear(mlp_dim, embed_dim, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, embed_dim] to the same."""
+    return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Gelu(nnx.Module):
+  """down(gelu(up(x)))."""
+
+  def __init__(self, embed_dim: int, mlp_dim: int, linear, rngs: nnx.Rngs):
+    self.up = linear(embed_dim, mlp_dim, rngs=rngs)
+    self.down = linear(mlp_dim, embed_dim, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, embed_dim] to the same."""
+    return self.down(nnx.gelu(self.up(x)))
+
+
+_MLPS = {"swiglu": SwiGlu, "gelu": Gelu}
+_POSITIONS = ("rotary", "learned")
+
+
+def rotate(x: jax.Array) -> jax.Array:
+  """Rotary positions, https://arxiv.org/abs/2104.09864.
+
+  Args:
+    x: queries or keys [B, T, heads, D], D even.
+
+  Returns:
+    `x`, at time t the pair (i, i + D/2) turned by t * 10000^(-2i/D) radians.
+  """
+  _, length, _, dim = x.shape
+  frequency = 10_000.0 ** -(jnp.arange(0, dim, 2) / dim)
+  angle = jnp.arange(length)[:, None, None] * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return turned.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Causal multi-head self-attention."""
+
+  def __init__(
+    self, embed_dim: int, num_heads: int, rotary: bool, linear, rngs: nnx.Rngs
+  ):
+    self.num_heads = num_heads
+    self.rotary = rotary
+    self.query = linear(embed_dim, embed_dim, rngs=rngs)
+    self.key = linear(embed_dim, embed_dim, rngs=rngs)
+    self.value = linear(embed_dim, embed_dim, rngs=rngs)
+    self.out = linear(embed_dim, embed_dim, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, embed_dim] to the same."""
+    heads = (*x.shape[:2], self.num_heads, -1)
+    q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
+    if self.rotary:
+      q, k = rotate(q), rotate(k)
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    return self.out(y.reshape(x.shape))
+
+
+class Block(nnx.Module):
+  """x += attention(norm(x)), then x += mlp(norm(x)), dropout on both."""
+
+  def __init__(self, model: ml_collections.ConfigDict, linear, norm, rngs):
+    self.attention_norm = norm(model.embed_dim, rngs=rngs)
+    self.attention = Attention(
+      model.embed_dim,
+      model.num_heads,
+      model.positions == "rotary",
+      linear,
+      rngs,
+    )
+    self.mlp_norm = norm(model.embed_dim, rngs=rngs)
+    self.mlp = _MLPS[model.mlp](model.embed_dim, model.mlp_dim, linear, rngs)
+    self.dropout = (
+      nnx.Dropout(model.dropout, rngs=rngs) if model.dropout else None
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, T, embed_dim] to the same."""
+    x = x + self._drop(self.attention(self.attention_norm(x)))
+    return x + self._drop(self.mlp(self.mlp_norm(x)))
+
+  def _drop(self, x: jax.Array) -> jax.Array:
+    return x if self.dropout is None else self.dropout(x)
+
+
+class Transformer(nnx.Module):
+  """A pre-norm decoder over bytes.
+
+  Args:
+    model: the sizes, `config.model` of configs/text.py.
+    dtype: dtype of the computation; the logits are float32 all the same.
+    param_dtype: dtype of the parameters.
+    rngs: streams "params" and, if model.dropout > 0, "dropout".
+  """
+
+  def __init__(
+    self,
+    model: ml_collections.ConfigDict,
+    *,
+    dtype: jax.typing.DTypeLike,
+    param_dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    linear = functools.partial(nnx.Linear, use_bias=False, **dtypes)
+    norm = functools.partial(nnx.RMSNorm, **dtypes)
+    embed = functools.partial(
+      nnx.Embed,
+      features=model.embed_dim,
+      embedding_init=nnx.initializers.normal(0.02),
+      **dtypes,
+      rngs=rngs,
+    )
+    self.embed = embed(_BYTES)
+    self.positions = (
+      embed(model.context_length) if model.positions == "learned" else None
+    )
+    self.blocks = nnx.List(
+      Block(model, linear, norm, rngs) for _ in range(model.num_layers)
+    )
+    self.norm = norm(model.embed_dim, rngs=rngs)
+    self.head = linear(
+      model.embed_dim,
+      _BYTES,
+      kernel_init=nnx.initializers.normal(0.02),
+      rngs=rngs,
+    )
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps bytes, integers [B, T], to logits of the next, float32 [B, T, 256].
+
+    T is at most context_length.
+    """
+    x = self.embed(tokens)
+    if self.positions is not None:
+      x = x + self.positions(jnp.arange(tokens.shape[1]))
+    for block in self.blocks:
+      x = block(x)
+    return self.head(self.norm(x)).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "length"))
+def _sample(graphdef, state, prompt, key, temperature, length):
+  """Returns `length` bytes, int32, that follow `prompt` [context_length]."""
+  model = nnx.merge(graphdef, state)
+  model.eval()
+
+  def step(window, key):
+    logits = model(window[None])[0, -1]
+    noise = jax.random.gumbel(key, logits.shape)
+    byte = jnp.argmax(logits + temperature * noise).astype(jnp.int32)
+    return jnp.append(window[1:], byte), byte
+
+  return jax.lax.scan(step, prompt, jax.random.split(key, length))[1]
+
+
+def read_files(
+  folder: pathlib.Path,
+  suffix: str = "",
+  skip: Collection[str] = (),
+) -> dict[str, bytes]:
+  """Returns the text files below `folder` by relative posix path, sorted.
+
+  Text is valid UTF-8 without NUL. Empty files, hidden files and folders,
+  __pycache__ and folders named in `skip` are left out.
+  """
+  files = {}
+  for root, folders, names in os.walk(folder):
+    folders[:] = [
+      name
+      for name in folders
+      if name not in ("__pycache__", *skip) and not name.startswith(".")
+    ]
+    for name in names:
+      path = pathlib.Path(root, name)
+      if name.startswith(".") or not name.endswith(suffix):
+        continue
+      if not path.is_file():  # A pipe, or a link that leads nowhere.
+        continue
+      data = path.read_bytes()
+      if data and _is_text(data):
+        files[path.relative_to(folder).as_posix()] = data
+  return dict(sorted(files.items()))
+
+
+def _is_text(data: bytes) -> bool:
+  try:
+    data.decode("utf-8")
+  except UnicodeDecodeError:
+    return False
+  return b"\0" not in data
+
+
+def split_by_file(
+  files: Mapping[str, bytes],
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+  """Splits files into training and held-out ones by a hash of their paths.
+
+  A file with crc32(path) % 10 == 0 is held out, so other files that come and go
+  do not move it. Where that would leave a side empty, the tenth of the files
+  with the smallest hashes is held out, at least one; and of a single file, its
+  last tenth.
+
+  Args:
+    files: at least one file by relative path.
+
+  Returns:
+    The training files and the held-out files.
+  """
+  if len(files) == 1:
+    ((path, data),) = files.items()
+    cut = len(data) - len(data) // 10
+    return {path: data[:cut]}, {path: data[cut:]}
+  hashes = {path: zlib.crc32(path.encode()) for path in files}
+  held_out = {path for path in files if hashes[path] % 10 == 0}
+  if not 0 < len(held_out) < len(files):
+    ranked = sorted(files, key=hashes.__getitem__)
+    held_out = set(ranked[: max(1, len(files) // 10)])
+  return (
+    {path: data for path, data in files.items() if path not in held_out},
+    {path: data for path, data in files.items() if path in held_out},
+  )
+
+
+class Text:
+  """Next-byte prediction.
+
+  Batches are {"text": uint8 [B, context_length + 1]}. Training windows start
+  anywhere in the training files laid end to end; the held-out windows are
+  evenly spaced and do not overlap.
+  """
+
+  def __init__(self, config: ml_collections.ConfigDict):
+    _check_model(config.model)
+    if config.data.eval_windows < 1:
+      raise UsageError(
+        f"config.data.eval_windows={config.data.eval_windows} leaves nothing to"
+        " evaluate; type --config.data.eval_windows=128"
+      )
+    self._config = config
+    self._window = config.model.context_length + 1
+    if config.data.path:
+      folder = pathlib.Path(config.data.path).expanduser()
+      files = read_files(folder)
+    else:
+      folder = pathlib.Path(sysconfig.get_path("stdlib"))
+      files = read_files(folder, suffix=".py", skip=_NOT_STDLIB)
+    if not files:
+      raise UsageError(
+        f"config.data.path={config.data.path!r}: {str(folder)!r}"
+        f" {'holds no UTF-8 text' if folder.is_dir() else 'is not a folder'};"
+        " type --config.data.path=FOLDER, a folder of text files"
+      )
+    train, held_out = split_by_file(files)
+    self._train = _concatenate(train)
+    self._held_out = _concatenate(held_out)
+    shorter = min(len(self._train), len(self._held_out))
+    if shorter < self._window:
+      raise UsageError(
+        f"config.data.path={config.data.path!r} has too little text: one side"
+        f" of the split by file has {shorter} bytes, and a window takes"
+        f" {self._window}; type --config.data.path=FOLDER, a folder with more,"
+        " or lower --config.model.context_length"
+      )
+    self.description = (
+      f"text: {(len(self._train) + len(self._held_out)) / 1e6:.2g} MB in"
+      f" {len(files)} files, {len(held_out)} held out; unigram entropy"
+      f" {unigram_entropy(self._held_out):.2f} bits per byte"
+    )
+
+  def create_model(self, rngs: nnx.Rngs) -> Transformer:
+    """Returns a new model."""
+    return Transformer(
+      self._config.model,
+      dtype=jnp.dtype(self._config.dtype),
+      param_dtype=jnp.dtype(self._config.param_dtype),
+      rngs=rngs,
+    )
+
+  def train_batch(self, step: int) -> dict[str, np.ndarray]:
+    """Returns windows at random offsets."""
+    rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step]))
+    offsets = len(self._train) - self._window + 1
+    starts = rng.integers(offsets, size=self._config.batch_size)
+    return {"text": self._windows(self._train, starts)}
+
+  def eval_batches(self) -> list[dict[str, np.ndarray]]:
+    """Returns at most config.data.eval_windows windows, in whole batches.
+
+    Held-out text too short for one batch of config.batch_size makes one smaller
+    batch.
+    """
+    count = min(
+      self._config.data.eval_windows, len(self._held_out) // self._window
+    )
+    batch_size = min(self._config.batch_size, count)
+    count -= count % batch_size
+    starts = np.arange(count) * (len(self._held_out) // count)
+    return [
+      {"text": self._windows(self._held_out, part)}
+      for part in starts.reshape(-1, batch_size)
+    ]
+
+  def loss(
+    self, model: nnx.Module, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the mean loss in nats per byte, accuracy and bits per byte."""
+    text = batch["text"].astype(jnp.int32)
+    logits = model(text[:, :-1])
+    target = text[:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    loss = losses.mean()
+    return loss, {
+      "accuracy": jnp.mean(logits.argmax(-1) == target, dtype=jnp.float32),
+      "bits_per_byte": loss / np.log(2.0),
+    }
+
+  def report(self, model: nnx.Module) -> str:
+    """Returns config.sample_length bytes that continue the held-out text."""
+    graphdef, state = nnx.split(model)
+    sample = _sample(
+      graphdef,
+      state,
+      self._held_out[: self._window - 1].astype(np.int32),
+      jax.random.key(self._config.seed),
+      self._config.sample_temperature,
+      self._config.sample_length,
+    )
+    text = np.asarray(sample, np.uint8).tobytes().decode(errors="replace")
+    # A model in training writes control characters; a terminal would obey them.
+    return "".join(
+      c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+      for c in text
+    )
+
+  def _windows(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return data[starts[:, None] + np.arange(self._window)]
+
+
+def _check_model(model: ml_collections.ConfigDict) -> None:
+  for field, names in (("positions", _POSITIONS), ("mlp", _MLPS)):
+    if model[field] not in names:
+      raise UsageError(
+        f"config.model.{field}={model[field]!r} is not known"
+        f"{did_you_mean(model[field], names)}"
+      )
+  sizes = ("num_layers", "num_heads", "embed_dim", "mlp_dim", "context_length")
+  for field in sizes:
+    if model[field] < 1:
+      raise UsageError(f"config.model.{field}={model[field]} must be 1 or more")
+  step = model.num_heads * (2 if model.positions == "rotary" else 1)
+  if model.embed_dim % step:
+    raise UsageError(
+      f"config.model.embed_dim={model.embed_dim} must be a multiple of {step}:"
+      f" {model.num_heads} heads"
+      f"{', each of an even width' if model.positions == 'rotary' else ''}"
+    )
+  if not 0 <= model.dropout < 1:
+    raise UsageError(
+      f"config.model.dropout={model.dropout} must be from 0 to below 1"
+    )
+
+
+def _concatenate(files: Mapping[str, bytes]) -> np.ndarray:
+  return np.frombuffer(b"".join(files.values()), np.uint8)
+
+
+def unigram_entropy(data: np.ndarray) -> float:
+  """Returns the entropy of the bytes in `data`, uint8 [n], in bits per byte."""
+  counts = np.bincount(data, minlength=_BYTES)
+  p = counts[counts > 0] / len(data)
+  return float(-(p * np.log2(p)).sum())

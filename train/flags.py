@@ -1,0 +1,294 @@
+"""The command line: every mistake is one sentence, before anything compiles.
+
+ml_collections gives a config's fields their flags and types. This layer reads
+the arguments, loads the config file and checks each name first, so that what is
+wrong is said in one sentence, with the nearest right thing to type.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import absl.flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from flax_mechanic.errors import UsageError
+
+_EXAMPLES = {
+  "config": "--config=configs/digits.py",
+  "workdir": "--workdir=/tmp/digits",
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
+  """Returns the config, overrides applied, and the working directory.
+
+  Args:
+    argv: the arguments after the program's name, in any order: `--config=FILE`,
+      `--workdir=DIR` and `--config.FIELD=VALUE`. The value may also be the next
+      argument, and a bool is switched off by `--noconfig.FIELD` too.
+
+  Raises:
+    UsageError: an argument that is missing, unknown or of the wrong type, a
+      config file that cannot be used, or a directory that cannot be written.
+  """
+  given, overrides = _split(argv)
+  config = load_config(_value(given, "config"))
+  override(config, overrides)
+  workdir = _value(given, "workdir")
+  check_workdir(workdir)
+  return config, Path(workdir).expanduser()
+
+
+def load_config(spec: str) -> ConfigDict:
+  """Returns, locked, what `get_config` in a config file returns.
+
+  Args:
+    spec: `FILE` or `FILE:VARIANT`; the variant is get_config's argument.
+
+  Raises:
+    UsageError: no such file, no `get_config`, or a variant that does not fit.
+      Any other exception is the config file's own.
+  """
+  name, _, variant = spec.partition(":")
+  path = Path(name)
+  if not path.is_file():
+    raise UsageError(
+      f"--config={spec}: there is no file {name}{_nearest_config(path)}"
+    )
+  module_spec = importlib.util.spec_from_file_location("train_config", path)
+  if module_spec is None or module_spec.loader is None:
+    raise UsageError(f"--config={spec}: {name} is not a Python file")
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+
+  if not callable(getattr(module, "get_config", None)):
+    raise UsageError(f"--config={spec}: {name} has no function get_config")
+  arguments = [variant] if variant else []
+  try:
+    inspect.signature(module.get_config).bind(*arguments)
+  except TypeError:
+    wrong = "has no variants" if variant else "wants a variant"
+    fix = name if variant else f"{name}:VARIANT"
+    raise UsageError(
+      f"--config={spec}: {name} {wrong}; type --config={fix}"
+    ) from None
+  config = module.get_config(*arguments)
+  if not isinstance(config, ConfigDict):
+    raise UsageError(
+      f"--config={spec}: get_config returned a {type(config).__name__}, "
+      "where a ConfigDict is wanted"
+    )
+  return config.lock()
+
+
+def override(
+  config: ConfigDict, overrides: Sequence[tuple[str, str | None]]
+) -> None:
+  """Sets fields of `config` in place, as the command line asks.
+
+  Args:
+    config: a locked config.
+    overrides: flag and value, such as `("config.opt.adamw.b1", "0.8")`; a bool
+      needs no value, and None leaves a field that is None. A tuple collects
+      the values of a repeated flag; of any other field the last one counts.
+
+  Raises:
+    UsageError: an unknown field, a group of fields, or a value of another type.
+  """
+  values: dict[str, list[str]] = {}
+  for flag, value in overrides:
+    path = flag.removeprefix("no").removeprefix("config.")
+    holder, key = _find(config, path)
+    kind = holder.get_type(key)
+    if issubclass(kind, ConfigDict):
+      raise UsageError(
+        f"--{flag} is a group of fields; set one of "
+        + ", ".join(f"--{flag}.{name}" for name in holder[key])
+      )
+    example = _example(path, holder[key], kind)
+    if flag.startswith("no"):
+      if kind is not bool:
+        raise UsageError(
+          f"--{flag} switches a bool off, and config.{path} is of type "
+          f"{kind.__name__}; type {example}"
+        )
+      if value is not None:
+        raise UsageError(f"--{flag} takes no value; type {example}")
+      value = "false"
+    elif value is None and kind is bool:
+      value = "true"
+    elif value is None:
+      raise UsageError(f"--{flag} has no value; type {example}")
+    if holder[key] is None and value == "None":
+      values.pop(path, None)
+      continue
+    if kind is type(None):
+      # ml_collections 1.1 has no parser for a field that is plainly None.
+      with config.unlocked():
+        holder[key] = config_dict.placeholder(object)
+    values.setdefault(path, []).append(value)
+
+  for path, texts in values.items():
+    arguments = ["", *(f"--config.{path}={text}" for text in texts)]
+    parser = absl.flags.FlagValues()
+    holder, key = _find(config, path)
+    kind = holder.get_type(key)
+    try:
+      config_flags.DEFINE_config_dict(
+        "config", config, flag_values=parser, sys_argv=arguments
+      )
+    except absl.flags.Error:
+      raise UsageError(
+        f"--config.{path} is a {kind.__name__}, which no flag sets; make it a "
+        "number, a text or a tuple in the config file"
+      ) from None
+    try:
+      parser(arguments)
+    except absl.flags.Error:
+      raise UsageError(
+        f"--config.{path}={texts[-1]}: config.{path} is of type "
+        f"{kind.__name__}; type {_example(path, holder[key], kind)}"
+      ) from None
+
+
+def fields(config: ConfigDict) -> Iterator[str]:
+  """Yields every field of a config as the flag that sets its present value."""
+  for path in _paths(config):
+    holder, key = _find(config, path)
+    yield shlex.quote(f"--config.{path}={holder[key]}")
+
+
+def check_workdir(workdir: str) -> None:
+  """Creates the working directory and writes to it.
+
+  Raises:
+    UsageError: it is a URL, or cannot be created or written to.
+  """
+  if "://" in workdir:
+    raise UsageError(
+      f"--workdir={workdir} is a URL; mount the bucket (gcsfuse, for one) and "
+      "give its directory"
+    )
+  try:
+    path = Path(workdir).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except OSError as error:
+    raise UsageError(
+      f"--workdir={workdir} cannot be written: {error.strerror}"
+    ) from None
+
+
+def _split(
+  argv: Sequence[str],
+) -> tuple[dict[str, str | None], list[tuple[str, str | None]]]:
+  """Splits arguments into flags of the job and overrides of its config."""
+  given: dict[str, str | None] = {}
+  overrides = []
+  rest = list(argv)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith("--") or argument == "--":
+      name = argument.lstrip("-").split("=")[0]
+      known = name in _EXAMPLES or name.startswith("config.")
+      hint = f"did you mean --{argument.lstrip('-')}?"
+      raise UsageError(
+        f"{argument!r} is not a flag; "
+        + (hint if known else "flags look like --config.num_steps=100")
+      )
+    name, equals, value = argument.removeprefix("--").partition("=")
+    if not equals:
+      follows = bool(rest) and not rest[0].startswith("--")
+      value = rest.pop(0) if follows else None
+    if name.startswith(("config.", "noconfig.")):
+      overrides.append((name, value))
+    elif name in _EXAMPLES:
+      given[name] = value
+    else:
+      head, dot, field = name.partition(".")
+      near = difflib.get_close_matches(head, [*_EXAMPLES, "help"], n=1)
+      hint = near[0] + dot + field if near else f"config.{name}"
+      raise UsageError(f"there is no flag --{name}; did you mean --{hint}?")
+  return given, overrides
+
+
+def _value(given: dict[str, str | None], name: str) -> str:
+  value = given.get(name)
+  if not value:
+    state = "has no value" if name in given else "is missing"
+    raise UsageError(f"--{name} {state}; type {_EXAMPLES[name]}")
+  return value
+
+
+def _nearest_config(path: Path) -> str:
+  """The hint for a config file that is not there."""
+  folders = (Path("configs"), path.parent)
+  files = {
+    file.stem: str(file)
+    for folder in folders
+    for file in sorted(folder.glob("*.py"))
+    if file.stem != "__init__"
+  }
+  near = difflib.get_close_matches(path.stem, files, n=1)
+  if near:
+    return f"; did you mean --config={files[near[0]]}?"
+  return f"; there are {', '.join(files.values())}" if files else ""
+
+
+def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
+  """Returns the group that holds a field, and the field's name in it."""
+  *groups, key = path.split(".")
+  holder = config
+  for name in groups:
+    holder = holder.get(name)
+    if not isinstance(holder, ConfigDict):
+      raise UsageError(_unknown(config, path))
+  if key not in holder:
+    raise UsageError(_unknown(config, path))
+  return holder, key
+
+
+def _unknown(config: ConfigDict, path: str) -> str:
+  """Says what may have been meant by a field that the config has not."""
+  # Part by part: matching whole paths would let a long right beginning outweigh
+  # a wrong end.
+  node, right, prefix = config, [], "config"
+  for part in path.split("."):
+    if not isinstance(node, ConfigDict):
+      return f"there is no --config.{path}; {prefix} is one field, not a group"
+    near = difflib.get_close_matches(part, list(node), n=1)
+    if not near:
+      break
+    node, right = node[near[0]], [*right, near[0]]
+    prefix = ".".join(["config", *right])
+  else:
+    return f"there is no --config.{path}; did you mean --{prefix}?"
+  last = path.split(".")[-1]
+  same = [each for each in _paths(config) if each.split(".")[-1] == last]
+  if len(same) == 1:
+    return f"there is no --config.{path}; did you mean --config.{same[0]}?"
+  return f"there is no --config.{path}; {prefix} has {', '.join(node)}"
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+  """Yields the dotted path of every field, as config.opt.adamw.b1."""
+  for key in config:
+    if isinstance(config[key], ConfigDict):
+      yield from _paths(config[key], f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}"
+
+
+def _example(path: str, value: object, kind: type) -> str:
+  """Returns a flag that would be right for the field, quoted for a shell."""
+  if kind is bool:
+    return f"--config.{path}=true or --config.{path}=false"
+  if value is None or value == "":
+    value = {int: 10, float: 0.1}.get(kind, "VALUE")
+  return shlex.quote(f"--config.{path}={value}")

@@ -1,0 +1,64 @@
+r"""Trains what a config file describes, and resumes it when run again.
+
+  python -m train.main --config=FILE[:VARIANT] --workdir=DIR [--config.X=VALUE]
+
+--config=FILE[:VARIANT]  the job: a Python file with get_config()
+--workdir=DIR            checkpoints and metrics; the same command resumes there
+--config.FIELD=VALUE     replaces a field of the job, any number of times
+--help                   this text and, after --config=FILE, every field
+
+For example:
+
+  python -m train.main --config=configs/digits.py --workdir=/tmp/digits \
+    --config.optimizer=mechanic
+"""
+
+import sys
+from collections.abc import Sequence
+
+import absl.logging
+
+from flax_mechanic.errors import UsageError
+from train import flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the job and returns its exit status.
+
+  Args:
+    argv: the arguments after the program's name; `sys.argv` if None.
+
+  Returns:
+    0 after the last step, 2 for bad input, 130 for Ctrl-C. Any other exception
+    is a defect and keeps its traceback.
+  """
+  arguments = sys.argv[1:] if argv is None else argv
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  try:
+    if not {"-h", "--help"}.isdisjoint(arguments):
+      _print_help(arguments)
+      return 0
+    config, workdir = flags.parse(arguments)
+    from train import loop  # Importing it takes seconds; a typo should not.
+
+    loop.train(config, workdir)
+  except UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
+    return 130
+  return 0
+
+
+def _print_help(arguments: Sequence[str]) -> None:
+  print((__doc__ or "").strip())
+  files = [each for each in arguments if each.startswith("--config=")]
+  for file in files[-1:]:
+    print(f"\nThe fields of {file}:\n")
+    config = flags.load_config(file.removeprefix("--config="))
+    print("\n".join(flags.fields(config)))
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,236 @@
+"""Where metrics go: a JSON line per call, and TensorBoard's event files.
+
+The interface is that of clu.metric_writers, so that any of clu's writers can
+take these writers' place. It is restated here because clu 0.0.12's module
+imports TensorFlow.
+"""
+# ruff: noqa: D102 - MetricWriter documents every method.
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class MetricWriter:
+  """The interface of clu.metric_writers.MetricWriter.
+
+  A subclass overrides what it can keep; the rest does nothing. Arrays may be
+  jax's or NumPy's.
+  """
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Writes numbers, or arrays of one number."""
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    """Writes texts; TensorBoard reads them as Markdown."""
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    """Writes images [N, H, W, C] or [H, W, C], uint8 or floats in [0, 1]."""
+
+  def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+    """Writes videos [N, T, H, W, C] or [T, H, W, C]."""
+
+  def write_audios(
+    self, step: int, audios: Mapping[str, Any], *, sample_rate: int
+  ) -> None:
+    """Writes audio [N, T, C] in [-1, 1], `sample_rate` in hertz."""
+
+  def write_histograms(
+    self,
+    step: int,
+    arrays: Mapping[str, Any],
+    num_buckets: Mapping[str, int] | None = None,
+  ) -> None:
+    """Writes histograms of arrays of any shape."""
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    """Writes the hyperparameters, once, as a flat mapping."""
+
+  def write_summaries(
+    self,
+    step: int,
+    values: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Writes tensors for a TensorBoard plugin of one's own."""
+
+  def flush(self) -> None:
+    """Brings what was written to the disk."""
+
+  def close(self) -> None:
+    """Flushes, and releases the files."""
+
+
+class JsonlWriter(MetricWriter):
+  """Scalars as JSON, a line per call: {"step": 10, "train/loss": 0.5}.
+
+  NaN and infinities, for which JSON has no word, are null. A line is on the
+  disk when write_scalars returns. Every other kind is left out.
+  """
+
+  def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+    """Opens the file, and creates its directory.
+
+    Args:
+      path: the file.
+      resume_step: the step of the restored checkpoint. Later lines and a line
+        torn by a kill are dropped, atomically, so that the file goes on as if
+        the run had never stopped. None or 0 starts the file afresh.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if resume_step and path.exists():
+      lines = path.read_bytes().splitlines(keepends=True)
+      kept = [line for line in lines if _step(line) <= resume_step]
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(b"".join(kept))
+    new.replace(path)
+    # buffering=1: a line is written out when it ends.
+    self._file = path.open("a", buffering=1, encoding="utf-8")
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    numbers = {name: float(value) for name, value in scalars.items()}
+    line = {"step": int(step)} | {
+      name: number if math.isfinite(number) else None
+      for name, number in numbers.items()
+    }
+    self._file.write(json.dumps(line) + "\n")
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class TensorBoardWriter(MetricWriter):
+  """TensorBoard's event files, by tensorboardX.
+
+  Images need Pillow beside it, audio soundfile. Videos, which tensorboardX
+  turns into GIFs with moviepy, and write_summaries are left out.
+  """
+
+  def __init__(self, logdir: str | os.PathLike, resume_step: int | None = None):
+    """Opens a new event file.
+
+    Args:
+      logdir: TensorBoard's --logdir.
+      resume_step: the step of the restored checkpoint. TensorBoard then hides
+        what earlier files say of later steps; with None or 0, all they say.
+    """
+    import tensorboardX
+
+    # Any: tensorboardX 2.6 declares narrower types than it takes.
+    self._writer: Any = tensorboardX.SummaryWriter(
+      str(logdir),
+      # The first step to hide.
+      purge_step=resume_step + 1 if resume_step else 0,
+      # tensorboardX 2.6 names files by the second and would overwrite one.
+      filename_suffix=f".{resume_step or 0}",
+    )
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, float(value), step)
+
+  def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+      self._writer.add_text(name, text, step)
+
+  def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    for name, image in images.items():
+      batch = np.asarray(image)
+      batch = batch if batch.ndim == 4 else batch[None]
+      self._writer.add_images(name, batch, step, dataformats="NHWC")
+
+  def write_audios(
+    self, step: int, audios: Mapping[str, Any], *, sample_rate: int
+  ) -> None:
+    for name, batch in audios.items():
+      for i, audio in enumerate(np.asarray(batch)):
+        self._writer.add_audio(f"{name}/{i}", audio, step, sample_rate)
+
+  def write_histograms(
+    self,
+    step: int,
+    arrays: Mapping[str, Any],
+    num_buckets: Mapping[str, int] | None = None,
+  ) -> None:
+    for name, array in arrays.items():
+      bins = (num_buckets or {}).get(name, "tensorflow")
+      self._writer.add_histogram(name, array, step, bins=bins)
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    # add_hparams would open a second event file, and TensorBoard, which follows
+    # a directory's last file, would not see the first one grow.
+    from tensorboardX.summary import hparams as hparams_summary
+
+    kinds = (str, bool, int, float)
+    known = {
+      name: value if isinstance(value, kinds) else str(value)
+      for name, value in hparams.items()
+    }
+    experiment, start, _ = hparams_summary(known, {})
+    self._writer.file_writer.add_summary(experiment)
+    self._writer.file_writer.add_summary(start)
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class MultiWriter(MetricWriter):
+  """Hands every call to each of several writers, in order."""
+
+  def __init__(self, writers: Sequence[MetricWriter]):
+    def to_each(method: str) -> Callable[..., None]:
+      def call(*args: Any, **kwargs: Any) -> None:
+        for writer in writers:
+          getattr(writer, method)(*args, **kwargs)
+
+      return call
+
+    for method in vars(MetricWriter):
+      if not method.startswith("_"):
+        setattr(self, method, to_each(method))
+
+
+def make_writer(
+  workdir: str | os.PathLike, resume_step: int | None = None
+) -> MetricWriter:
+  """Returns the job's writer: DIR/metrics.jsonl, and event files in DIR.
+
+  The event files, TensorBoard's, are left out where tensorboardX is not
+  installed. Of several processes only the first one's writer writes.
+
+  Args:
+    workdir: DIR.
+    resume_step: the step of the restored checkpoint; what was written of later
+      steps goes. None or 0 for a new run.
+  """
+  if jax.process_index() != 0:
+    return MultiWriter([])
+  writers: list[MetricWriter] = [
+    JsonlWriter(Path(workdir) / "metrics.jsonl", resume_step)
+  ]
+  if importlib.util.find_spec("tensorboardX"):
+    writers.append(TensorBoardWriter(workdir, resume_step))
+  return MultiWriter(writers)
+
+
+def _step(line: bytes) -> float:
+  """Returns a line's step, and infinity for a line that is not whole."""
+  try:
+    return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+  except (ValueError, TypeError, KeyError):
+    return math.inf

@@ -1,0 +1,231 @@
+"""The job: trains, resumes exactly, says what is wrong, stays quiet."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from configs import digits, text
+from flax_mechanic import UsageError, methods
+from train import loop
+
+ROOT = pathlib.Path(__file__).parent.parent
+TUNED = [name for name, row in methods().items() if row.tuned]
+
+
+def make_config(get_config=digits.get_config, variant="", **fields):
+  config = get_config(variant)
+  defaults = {
+    "optimizer": "mechanic",
+    "num_steps": 30,
+    "batch_size": 32,
+    "log_every": 5,
+    "eval_every": 10,
+    "checkpoint_every": 10,
+    "schedule__warmup_steps": 5,
+  }
+  if config.task == "digits":
+    defaults["model__widths"] = (16,)
+  config.update_from_flattened_dict(
+    {k.replace("__", "."): v for k, v in (defaults | fields).items()}
+  )
+  return config
+
+
+def metrics(workdir):
+  """Returns the lines of metrics.jsonl, without what depends on the clock."""
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
+    for line in lines
+  ]
+
+
+class Killed(BaseException):
+  pass
+
+
+class Writer:
+  """What clu's MetricWriter offers, as far as the loop uses it."""
+
+  def __init__(self, die_at=None):
+    self.scalars, self.texts, self.hparams = [], {}, {}
+    self._die_at = die_at
+
+  def write_scalars(self, step, scalars):
+    self.scalars.append((step, dict(scalars)))
+    if step == self._die_at:
+      raise Killed
+
+  def write_texts(self, step, texts):
+    self.texts |= texts
+
+  def write_hparams(self, hparams):
+    self.hparams = dict(hparams)
+
+  def close(self):
+    self.closed = True
+
+
+def test_writes_what_it_promises(tmp_path):
+  evaluation = loop.train(make_config(), tmp_path)
+  lines = metrics(tmp_path)
+  assert [line["step"] for line in lines if "train/loss" in line] == [
+    *range(5, 31, 5)
+  ]
+  assert [line["step"] for line in lines if "eval/loss" in line] == [10, 20, 30]
+  assert lines[-1] == {"step": 30, **evaluation}
+  assert {"mechanic/scale", "learning_rate/effective"} <= lines[0].keys()
+  names = {path.name for path in tmp_path.iterdir()}
+  assert {"checkpoints", "config.json", "parameters.txt"} <= names
+  saved = json.loads((tmp_path / "config.json").read_text())
+  assert saved["optimizer"] == "mechanic"
+  steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+  assert steps == {10, 20, 30}
+
+
+def test_a_writer_with_clu_s_interface_can_be_passed_in(tmp_path):
+  writer = Writer()
+  loop.train(make_config(), tmp_path, writer=writer)
+  assert writer.closed
+  assert writer.hparams["opt.mechanic.s_init"] == 1e-6
+  assert len(writer.scalars) == 9
+  assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  ("get_config", "variant", "fields"),
+  [
+    (digits.get_config, "", {}),
+    (text.get_config, "tiny", {"model__dropout": 0.1}),
+  ],
+)
+def test_a_resumed_run_writes_the_same_numbers(
+  tmp_path, get_config, variant, fields
+):
+  config = make_config(get_config, variant, **fields)
+  expected = Writer()
+  loop.train(config, tmp_path / "whole", writer=expected)
+  first, second = Writer(die_at=25), Writer()
+  with pytest.raises(Killed):
+    loop.train(config, tmp_path / "cut", writer=first)
+  loop.train(config, tmp_path / "cut", writer=second)
+
+  def after(writer, step):
+    return [
+      (at, {k: v for k, v in s.items() if k != "steps_per_second"})
+      for at, s in writer.scalars
+      if at > step
+    ]
+
+  assert after(second, 0) == after(expected, 20)
+
+
+def test_a_finished_run_is_evaluated_and_more_steps_go_on(tmp_path):
+  first = loop.train(make_config(num_steps=10), tmp_path)
+  assert loop.train(make_config(num_steps=10), tmp_path) == first
+  loop.train(make_config(num_steps=20), tmp_path)
+  steps = [line["step"] for line in metrics(tmp_path) if "eval/loss" in line]
+  assert steps == [10, 20]
+
+
+@pytest.mark.parametrize("optimizer", TUNED)
+@pytest.mark.parametrize("base_of_mechanic", [False, True])
+def test_every_optimizer_learns_text(tmp_path, optimizer, base_of_mechanic):
+  fields = (
+    {"optimizer": "mechanic", "opt__mechanic__base": optimizer}
+    if base_of_mechanic
+    else {"optimizer": optimizer}
+  )
+  config = make_config(
+    text.get_config,
+    "tiny",
+    num_steps=150,
+    log_every=50,
+    eval_every=150,
+    checkpoint_every=150,
+    data__path=str(ROOT / "flax_mechanic"),
+    learning_rate={"lion": 1e-3, "sgd": 0.3}.get(optimizer, 1e-2),
+    **fields,
+  )
+  evaluation = loop.train(config, tmp_path)
+  uniform = 8.0
+  assert evaluation["eval/bits_per_byte"] < 0.65 * uniform
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"num_steps": 0}, r"config\.num_steps=0 must be at least 1"),
+    ({"eval_every": -1}, r"config\.eval_every=-1 must be at least 1"),
+    ({"optimizer": "mechanik"}, "did you mean 'mechanic'"),
+    ({"schedule__name": "cosin"}, "config.schedule.name='cosin'"),
+    ({"dtype": "float3"}, "config.dtype='float3'"),
+    ({"task": "digit"}, "did you mean 'digits'"),
+  ],
+)
+def test_bad_values_end_before_anything_is_written(tmp_path, fields, words):
+  with pytest.raises(UsageError, match=words) as error:
+    loop.train(make_config(**fields), tmp_path)
+  assert "\n" not in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_another_optimizer_in_the_same_workdir_is_refused(tmp_path):
+  loop.train(make_config(num_steps=10), tmp_path)
+  before = metrics(tmp_path)
+  with pytest.raises(
+    UsageError, match=r"config\.optimizer was 'mechanic' and is 'adamw'"
+  ):
+    loop.train(make_config(num_steps=20, optimizer="adamw"), tmp_path)
+  assert metrics(tmp_path) == before
+
+
+def command(workdir, *arguments):
+  return [
+    *(sys.executable, "-m", "train.main", "--config=configs/digits.py"),
+    *("--config.optimizer=mechanic", f"--workdir={workdir}", *arguments),
+  ]
+
+
+def test_output_fits_on_a_screen(tmp_path):
+  run = subprocess.run(
+    command(tmp_path, "--config.num_steps=500"),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  lines = (run.stdout + run.stderr).splitlines()
+  assert 5 < len(lines) <= 40
+  assert max(map(len, lines)) <= 140
+  assert "done at step 500" in lines[-1]
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_then_the_same_command(tmp_path):
+  arguments = [
+    "--config.num_steps=2000",
+    "--config.checkpoint_every=100",
+    "--config.log_every=20",
+  ]
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  subprocess.run(command(whole, *arguments), cwd=ROOT, check=True)
+  run = subprocess.Popen(command(cut, *arguments), cwd=ROOT)
+  while run.poll() is None and not (cut / "checkpoints" / "300").exists():
+    time.sleep(0.01)
+  assert run.poll() is None, "the run ended before it could be killed"
+  os.kill(run.pid, signal.SIGKILL)
+  run.wait()
+  assert metrics(cut)[-1]["step"] < 2000
+  subprocess.run(command(cut, *arguments), cwd=ROOT, check=True)
+  resumed, expected = metrics(cut), metrics(whole)
+  assert len(resumed) == len(expected)
+  assert resumed == expected
+  assert np.isfinite(resumed[-1]["eval/loss"])

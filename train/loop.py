@@ -1,0 +1,153 @@
+"""The training loop: starts or resumes, trains, evaluates, checkpoints."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from flax import nnx, traverse_util
+from ml_collections import ConfigDict
+
+import flax_mechanic
+from flax_mechanic.errors import UsageError
+from train import writers
+from train.job import Job, make_job
+from train.progress import Progress
+
+_AT_LEAST_ONE = (
+  "num_steps",
+  "batch_size",
+  "log_every",
+  "eval_every",
+  "checkpoint_every",
+)
+
+
+def train(
+  config: ConfigDict,
+  workdir: str | os.PathLike[str],
+  writer: writers.MetricWriter | None = None,
+) -> dict[str, float]:
+  """Trains the job to `config.num_steps`, from the newest checkpoint if any.
+
+  Args:
+    config: as `configs.default` describes it.
+    workdir: holds `config.json`, `parameters.txt`, `metrics.jsonl`, TensorBoard
+      files and `checkpoints/STEP`.
+    writer: where metrics go, with the interface of clu's MetricWriter; by
+      default files in `workdir`.
+
+  Returns:
+    The last evaluation, such as {"eval/loss": ..., "eval/accuracy": ...}.
+
+  Raises:
+    UsageError: a value in the config is out of range, or the newest checkpoint
+      does not fit it.
+  """
+  for field in _AT_LEAST_ONE:
+    if config[field] < 1:
+      raise UsageError(f"config.{field}={config[field]} must be at least 1")
+  workdir = Path(workdir)
+  job = make_job(config)
+  with flax_mechanic.Checkpointer(workdir / "checkpoints") as checkpointer:
+    start, state, notes = _start(job, checkpointer, config)
+    if writer is None:
+      writer = writers.make_writer(workdir, resume_step=start)
+    saved_config = config.to_json_best_effort(indent=2)
+    (workdir / "config.json").write_text(saved_config + "\n")
+    writer.write_hparams(
+      traverse_util.flatten_dict(json.loads(saved_config), sep=".")
+    )
+    with Progress(config.num_steps, start) as progress:
+      progress.print(job.task.description)
+      progress.print(_overview(job, workdir / "parameters.txt"))
+      for note in notes:
+        progress.print(note)
+      clock = _Clock(start)
+      evaluation = {}
+      for step in range(start + 1, config.num_steps + 1):
+        batch = job.task.train_batch(step - 1)
+        state, metrics = job.train_step(state, batch)
+        last = step == config.num_steps
+        news = {}
+        if last or step % config.log_every == 0:
+          news = _floats(metrics)
+          news["steps_per_second"] = clock.steps_per_second(step)
+          writer.write_scalars(step, news)
+        if last or step % config.eval_every == 0:
+          evaluation = _evaluate(job, state)
+          writer.write_scalars(step, evaluation)
+          news |= evaluation
+        if news:
+          progress.update(step, news)
+        if last or step % config.checkpoint_every == 0:
+          data = {"seed": config.seed, "step": step}
+          checkpointer.save(step, state, config=config, data=data)
+      evaluation = evaluation or _evaluate(job, state)
+      report = job.task.report(job.eval_model(state))
+      if report:
+        writer.write_texts(config.num_steps, {"report": report})
+        progress.print(report)
+      progress.print(_summary(max(start, config.num_steps), evaluation))
+  writer.close()
+  return evaluation
+
+
+def _start(
+  job: Job, checkpointer: flax_mechanic.Checkpointer, config: ConfigDict
+) -> tuple[int, nnx.State, list[str]]:
+  """Returns the step, the state and what to tell of a new or resumed run."""
+  if checkpointer.latest() is None:
+    return 0, job.create(), []
+  restored = checkpointer.restore(job.target, config=config)
+  notes = [f"resuming {checkpointer.directory} at step {restored.step}"]
+  notes += [
+    f"config.{field} was {old!r} and is now {new!r}"
+    for field, (old, new) in restored.changed.items()
+  ]
+  return restored.step, restored.state, notes
+
+
+def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:
+  """Returns each metric's mean over the held-out batches."""
+  batches = [
+    _floats(job.eval_step(state, batch)) for batch in job.task.eval_batches()
+  ]
+  return {
+    name: float(np.mean([batch[name] for batch in batches]))
+    for name in batches[0]
+  }
+
+
+def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+  return {name: float(value) for name, value in metrics.items()}
+
+
+class _Clock:
+  """Steps per second since it was last asked."""
+
+  def __init__(self, step: int):
+    self._last = (step, time.perf_counter())
+
+  def steps_per_second(self, step: int) -> float:
+    last_step, last_time = self._last
+    self._last = (step, time.perf_counter())
+    return (step - last_step) / (self._last[1] - last_time)
+
+
+def _overview(job: Job, path: Path) -> str:
+  """Writes the table of parameters to `path`, and returns it or its total."""
+  params = nnx.to_pure_dict(nnx.filter_state(job.target["model"], nnx.Param))
+  table = parameter_overview.get_parameter_overview(params, include_stats=False)
+  path.write_text(table + "\n")
+  *rows, total = table.splitlines()
+  return table if len(rows) <= 16 else f"{total} ({path})"
+
+
+def _summary(step: int, evaluation: Mapping[str, float]) -> str:
+  values = ", ".join(f"{name} {v:.4g}" for name, v in evaluation.items())
+  return f"done at step {step}: {values}"

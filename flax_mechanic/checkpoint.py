@@ -42,7 +42,7 @@ class Checkpointer:
     >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
     ...   checkpointer.save(7, {"w": jnp.ones(2)})
     ...   checkpointer.wait()
-    ...   checkpointer.restore({"w": jax.ShapeDtypeStruct((2,), jnp.float32)})[0]
+    ...   checkpointer.restore({"w": jnp.zeros(2)}).step
     7
   """
 

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict, config_dict
 
-from flax_mechanic import registry
+from flax_mechanic import registry, stack
 from flax_mechanic.errors import UsageError
 
 
@@ -16,8 +16,10 @@ def add_optimizer_config(
   """Adds the optimizer's fields to a job's config.
 
   The fields are `config.optimizer`, `config.opt.<name>.<option>` for every
-  registered name, `config.grad_clip` (maximum global norm, 0.0 for none) and
-  `config.accumulate_steps` (batches an update). Every one is settable from the
+  registered name, `config.grad_clip` (maximum global norm, 0.0 for none),
+  `config.accumulate_steps` (batches an update), and regular expressions of
+  parameters' paths: `config.freeze` (parameters that stay as they are) and
+  `config.no_decay` (that are not decayed). Every one is settable from the
   command line: `--config.optimizer=mechanic --config.opt.mechanic.base=sgd`.
 
   Args:
@@ -45,6 +47,8 @@ def add_optimizer_config(
     },
     "grad_clip": 0.0,
     "accumulate_steps": 1,
+    "freeze": (),
+    "no_decay": (),
   }
   taken = [field for field in fields if field in config]
   if taken:
@@ -77,24 +81,45 @@ def make_optimizer(
     >>> tx = make_optimizer(config, optax.cosine_decay_schedule(1.0, 100))
   """
   options = config.opt.to_dict()
-  rows = registry.stack(config.optimizer, options)
-  peak = _learning_rate(config) if registry.reads_learning_rate(rows) else 1.0
-  shape = schedule or optax.constant_schedule(1.0)
-  tx = registry.build(rows, options, lambda count: peak * shape(count))
+  rows = stack.resolve(config.optimizer, options)
+  peak = stack.peak(rows, options, config.get("learning_rate"))
+  if not 0 <= peak < math.inf:
+    raise UsageError(
+      f"the learning rate of config.optimizer={config.optimizer!r} is {peak}; "
+      "it must be a finite number of at least 0"
+    )
   if not 0 <= config.grad_clip < math.inf:
     raise UsageError(
       f"config.grad_clip={config.grad_clip} must be a norm above 0, or 0 for "
       "no clipping"
     )
-  if config.grad_clip:
-    tx = optax.chain(optax.clip_by_global_norm(config.grad_clip), tx)
   if config.accumulate_steps < 1:
     raise UsageError(
       f"config.accumulate_steps={config.accumulate_steps} must be at least 1"
     )
-  if config.accumulate_steps > 1:
-    tx = optax.MultiSteps(tx, config.accumulate_steps).gradient_transformation()
-  return tx
+  shape = schedule or optax.constant_schedule(1.0)
+  return stack.build(
+    rows,
+    options,
+    lambda count: peak * shape(count),
+    grad_clip=config.grad_clip,
+    accumulate_steps=config.accumulate_steps,
+    freeze=config.freeze,
+    no_decay=config.no_decay,
+  )
+
+
+def own_schedule(config: ConfigDict) -> str:
+  """Returns the name of the schedule that the config's optimizer was made for.
+
+  A name that `make_schedule` knows; "constant" for dog, "warmup" for
+  schedule_free, "warmup_cosine" for most.
+
+  Raises:
+    UsageError: as `make_optimizer`.
+  """
+  rows = stack.resolve(config.optimizer, config.opt.to_dict())
+  return stack.schedule_name(rows)
 
 
 def _field(default: Any) -> Any:
@@ -102,17 +127,3 @@ def _field(default: Any) -> Any:
   if isinstance(default, type):
     return config_dict.placeholder(default)
   return default
-
-
-def _learning_rate(config: ConfigDict) -> float:
-  value = config.get("learning_rate")
-  if value is None:
-    raise UsageError(
-      f"config.optimizer={config.optimizer!r} is tuned by hand and needs "
-      "config.learning_rate; set it, or take --config.optimizer=mechanic"
-    )
-  if not 0 <= value < math.inf:
-    raise UsageError(
-      f"config.learning_rate={value} must be a finite number of at least 0"
-    )
-  return value

@@ -3,9 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from flax import nnx
 from flax.nnx import filterlib
+from flax.nnx import optimizer as optimizer_lib
+
+from flax_mechanic import evaluation, stack, transforms
+from flax_mechanic import step as step_lib
 
 
 class Optimizer(nnx.Optimizer):
@@ -14,7 +19,7 @@ class Optimizer(nnx.Optimizer):
   Attributes:
     step: uint32 scalar, updates so far.
     tx: the transformation.
-    opt_state: its state, in NNX variables.
+    opt_state: its state, each leaf in an NNX variable.
 
   Example:
     >>> import jax.numpy as jnp
@@ -42,7 +47,33 @@ class Optimizer(nnx.Optimizer):
       tx: any optax transformation, as `make_optimizer` returns it.
       wrt: which of the model's variables are optimized.
     """
-    super().__init__(model, optax.with_extra_args_support(tx), wrt=wrt)
+    super().__init__(model, optax.identity(), wrt=wrt)
+    self.tx = tx
+    self.opt_state = nnx.data(_init(tx, nnx.state(model, wrt)))
+
+  def update(
+    self, model: nnx.Module, grads: Any, /, **extra_args: Any
+  ) -> optax.Updates:
+    """Updates the model and the state, given gradients.
+
+    Args:
+      model: the model, updated in place.
+      grads: as `nnx.grad` returns them; conjugated where they are complex.
+      **extra_args: anything; `tx` gets those it accepts, such as `value`.
+
+    Returns:
+      The updates.
+    """
+    params = nnx.as_pure(nnx.state(model, self.wrt))
+    grads = nnx.as_pure(nnx.state(grads, self.wrt))
+    updates, opt_state = self.tx.update(
+      grads,
+      nnx.as_pure(self.opt_state),
+      params,
+      **transforms.accepted(self.tx, nnx.as_pure(extra_args)),
+    )
+    self._write(model, params, updates, opt_state)
+    return updates
 
   def minimize(
     self,
@@ -51,29 +82,139 @@ class Optimizer(nnx.Optimizer):
     *args: Any,
     has_aux: bool = False,
   ) -> Any:
-    """Does one step on `loss_fn(model, *args)`.
+    """Does one step of any method on `loss_fn(model, *args)`.
 
     Args:
-      model: the model, updated in place.
+      model: the model, updated in place: parameters by the optimizer; batch
+        statistics, random streams and other state by the loss. Variables that
+        the loss adds to the model (`sow`) are dropped.
       loss_fn: returns a scalar loss, or `(loss, aux)` with `has_aux`.
-      *args: the further arguments of `loss_fn`.
+      *args: the further arguments of `loss_fn`. For a method that wants a
+        gradient per example (dpsgd), every array's leading axis is the batch,
+        and `loss_fn` sees batches of one.
       has_aux: whether `loss_fn` returns auxiliary output.
 
     Returns:
       What `nnx.value_and_grad` returns first, evaluated before the step: the
-      loss, or `(loss, aux)` with `has_aux`.
+      loss, or `(loss, aux)` with `has_aux`. Per example, the means over the
+      batch of the loss and of aux's scalars.
+
+    Raises:
+      UsageError: the method wants a gradient per example, and the model keeps
+        batch statistics.
     """
-    wrt = nnx.DiffState(0, self.wrt)
-    output, grads = nnx.value_and_grad(loss_fn, argnums=wrt, has_aux=has_aux)(
-      model, *args
+    graphdef, params, rest = nnx.split(model, self.wrt, ...)
+    if "per_example" in stack.needs(self.tx) and nnx.filter_state(
+      rest, nnx.BatchStat
+    ):
+      step_lib.refuse_batch_statistics()
+
+    kept = {path for path, _ in nnx.to_flat_state(rest)}
+
+    def pure_loss(params, rest, *args):
+      model = nnx.merge(graphdef, params, rest)
+      output = loss_fn(model, *args)
+      loss, aux = output if has_aux else (output, None)
+      rest = nnx.state(model, lambda path, _: path in kept)
+      return loss, (aux, nnx.as_pure(rest))
+
+    params = nnx.as_pure(params)
+    (loss, aux), updates, opt_state, rest = step_lib.step(
+      self.tx,
+      pure_loss,
+      params,
+      nnx.as_pure(self.opt_state),
+      nnx.as_pure(rest),
+      args,
     )
-    self.update(model, grads, value=output[0] if has_aux else output)
-    return output
+    nnx.update(model, rest)
+    self._write(model, params, updates, opt_state)
+    return (loss, aux) if has_aux else loss
 
   def eval_model(self, model: nnx.Module) -> nnx.Module:
     """Returns the model to evaluate and export.
 
     Args:
-      model: the model that is being trained.
+      model: the model that is being trained; left as it is.
+
+    Returns:
+      A model with the parameters that the method evaluates (schedule_free's
+      average, DoG's averaged iterates), or `model` itself.
     """
+    params = nnx.as_pure(nnx.state(model, self.wrt))
+    evaluated = evaluation.eval_params(nnx.as_pure(self.opt_state), params)
+    if evaluated is params:
+      return model
+    model = nnx.clone(model)
+    nnx.update(model, evaluated)
     return model
+
+  def reanchor(self, model: nnx.Module) -> None:
+    """Starts the method afresh from the model's present parameters.
+
+    To be called once after weights were loaded into the model: several methods
+    (prodigy, dog, dowg, cocob, schedule_free) measure from the parameters that
+    they were created with. Mechanic takes those of its first update by itself.
+
+    Args:
+      model: the model whose parameters are optimized.
+    """
+    opt_state = self.tx.init(nnx.as_pure(nnx.state(model, self.wrt)))
+    self._write_state(opt_state)
+
+  def _write(
+    self,
+    model: nnx.Module,
+    params: optax.Params,
+    updates: optax.Updates,
+    opt_state: optax.OptState,
+  ) -> None:
+    nnx.update(model, optax.apply_updates(params, updates))
+    self._write_state(opt_state)
+    self.step[...] += 1
+
+  def _write_state(self, opt_state: optax.OptState) -> None:
+    # nnx.Optimizer goes through nnx.state here, which turns a NamedTuple among
+    # the parameters into a dict (flax 0.12.12, complex parameters).
+    variables, treedef = jax.tree.flatten(
+      self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )
+    for variable, value in zip(
+      variables, treedef.flatten_up_to(opt_state), strict=True
+    ):
+      variable.set_value(value)
+
+
+def _init(tx: optax.GradientTransformation, params: nnx.State) -> Any:
+  """Returns the state of `tx`, each leaf in a variable.
+
+  A leaf shaped like a parameter has that parameter's metadata, its annotated
+  sharding above all: that whose path the leaf's path ends with.
+  """
+  annotated = dict(nnx.to_flat_state(params))
+
+  def variable(path, value):
+    names = tuple(_name(key) for key in path)
+    for start in range(len(names)):
+      parameter = annotated.get(names[start:])
+      if parameter is not None and parameter.get_value().shape == value.shape:
+        return optimizer_lib.OptVariable(value, **_metadata(parameter))
+    return optimizer_lib.OptArray(value)
+
+  return jax.tree_util.tree_map_with_path(
+    variable, tx.init(nnx.as_pure(params))
+  )
+
+
+def _metadata(parameter: nnx.Variable) -> dict[str, Any]:
+  metadata = dict(parameter.get_metadata())
+  if "optimizer_sharding" in metadata:
+    metadata["out_sharding"] = metadata.pop("optimizer_sharding")
+  return metadata
+
+
+def _name(key: Any) -> Any:
+  for attribute in ("key", "idx", "name"):
+    if hasattr(key, attribute):
+      return getattr(key, attribute)
+  return key

@@ -29,6 +29,7 @@ def test_every_option_is_the_method_s_own_default():
   assert config.opt.adamw.mu_dtype is None
   assert config.opt.mechanic.to_dict() == {
     "base": "adamw",
+    "learning_rate": 1.0,
     "weight_decay": 1e-2,
     "eps": 1e-8,
     "s_init": 1e-6,
@@ -116,8 +117,8 @@ def test_gradient_clipping_and_accumulation():
       {"optimizer": "mechanic", "opt__mechanic__base": "mechanic"},
       "wraps itself",
     ),
-    ({"learning_rate": float("nan")}, "config.learning_rate=nan"),
-    ({"learning_rate": -1.0}, "config.learning_rate=-1.0"),
+    ({"learning_rate": float("nan")}, "learning rate .* is nan"),
+    ({"learning_rate": -1.0}, "learning rate .* is -1.0"),
     ({"grad_clip": -1.0}, "config.grad_clip=-1.0"),
     ({"accumulate_steps": 0}, "config.accumulate_steps=0"),
   ],
@@ -151,18 +152,18 @@ def test_register_adds_a_transformation_to_the_flag(monkeypatch):
       optax.scale_by_learning_rate(learning_rate),
     )
 
-  flax_mechanic.register("signum", signum)
-  config = make_config(optimizer="signum", opt__signum__beta=0.8)
+  flax_mechanic.register("signed", signum)
+  config = make_config(optimizer="signed", opt__signed__beta=0.8)
   ours = network.train(flax_mechanic.make_optimizer(config), 10)
   theirs = network.train(signum(0.01, beta=0.8), 10)
   np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
 
-  config = make_config(optimizer="mechanic", opt__mechanic__base="signum")
+  config = make_config(optimizer="mechanic", opt__mechanic__base="signed")
   ours = network.train(flax_mechanic.make_optimizer(config), 10)
   theirs = network.train(optax.contrib.mechanize(signum(1.0)), 10)
   np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4)
   with pytest.raises(UsageError, match="registered already"):
-    flax_mechanic.register("signum", signum)
+    flax_mechanic.register("signed", signum)
   with pytest.raises(UsageError, match="identifier"):
     flax_mechanic.register("sig-num", signum)
 

@@ -1,0 +1,232 @@
+"""A stack of rows: what wraps what, whether it makes sense, what it builds."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_mechanic import registry, transforms
+from flax_mechanic.errors import UsageError, did_you_mean
+from flax_mechanic.registry import Method
+
+Options = Mapping[str, Mapping[str, Any]]
+
+
+def resolve(name: str, options: Options) -> list[Method]:
+  """Returns the rows that `name` names, the outermost wrapper first.
+
+  Args:
+    name: the value of `config.optimizer`.
+    options: row name -> option -> value, `config.opt`.
+
+  Raises:
+    UsageError: an unknown name or option, or a combination that makes no
+      sense.
+  """
+  rows = [registry.get(name, "config.optimizer")]
+  while rows[-1].wraps:
+    field = f"config.opt.{rows[-1].name}.base"
+    row = registry.get(options[rows[-1].name]["base"], field)
+    _check_pair(rows, row, field)
+    rows.append(row)
+  for row in rows:
+    for option in options[row.name].keys() - row.options.keys():
+      raise UsageError(
+        f"config.opt.{row.name}.{option} is not an option of {row.name}"
+        + did_you_mean(option, row.options)
+      )
+  return rows
+
+
+def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
+  """Raises where `row` cannot be the base of the rows above it."""
+  if row in above:
+    raise UsageError(f"{field}={row.name!r} wraps itself; name another base")
+  learns = [upper.name for upper in above if not upper.tuned]
+  if learns and not row.tuned:
+    raise UsageError(
+      f"{field}={row.name!r} learns its learning rate itself, and so does "
+      f"{learns[0]}; name a base that is tuned by hand, such as 'adamw'"
+    )
+  if row.replaces_gradient:
+    fix = (
+      f"--config.optimizer={row.name} --config.opt.{row.name}.base="
+      f"{above[-1].name}"
+      if row.wraps
+      else "--config.optimizer=differentially_private_aggregate "
+      "--config.opt.differentially_private_aggregate.base="
+      f"{above[-1].name}"
+    )
+    raise UsageError(
+      f"{field}={row.name!r} makes a gradient of its own, so it must be "
+      f"outermost; type {fix}"
+    )
+  for upper in above:
+    if row.name in upper.refuses:
+      raise UsageError(
+        f"{field}={row.name!r} does not go under {upper.name}: "
+        f"{upper.refuses[row.name]}; name another base"
+      )
+    if row.name in upper.cautions:
+      warnings.warn(upper.cautions[row.name], stacklevel=2)
+
+
+def peak(
+  rows: Sequence[Method], options: Options, learning_rate: float | None
+) -> float:
+  """Returns the peak learning rate: the method's own, or the user's.
+
+  Raises:
+    UsageError: the stack is tuned by hand and there is no `learning_rate`.
+  """
+  for row in rows:
+    if not row.tuned:
+      return options[row.name].get("learning_rate", 1.0)
+  if learning_rate is None:
+    raise UsageError(
+      f"config.optimizer={rows[0].name!r} is tuned by hand and needs "
+      "config.learning_rate; set it, or take --config.optimizer=mechanic"
+    )
+  return learning_rate
+
+
+def schedule_name(rows: Sequence[Method]) -> str:
+  """Returns the name of the schedule that the stack was made for."""
+  return next(row.schedule for row in rows if row.schedule is not None)
+
+
+def build(
+  rows: Sequence[Method],
+  options: Options,
+  learning_rate: optax.Schedule,
+  *,
+  grad_clip: float = 0.0,
+  accumulate_steps: int = 1,
+  freeze: Sequence[str] = (),
+  no_decay: Sequence[str] = (),
+) -> optax.GradientTransformationExtraArgs:
+  """Builds the transformation of a stack.
+
+  From the outside: rows that make a gradient of their own; the parameters that
+  are frozen; accumulation; clipping; the other rows.
+
+  Args:
+    rows: the outermost wrapper first.
+    options: row name -> option -> value.
+    learning_rate: update count -> learning rate.
+    grad_clip: maximum global norm, 0 for none.
+    accumulate_steps: batches an update.
+    freeze: regular expressions; parameters whose path one is found in stay.
+    no_decay: regular expressions; parameters whose path one is found in are
+      not decayed.
+
+  Raises:
+    UsageError: an option that the stack cannot take.
+  """
+  below = [row for row in rows if not row.replaces_gradient]
+  outer = [row for row in rows if row.replaces_gradient]
+  if not below and (grad_clip or accumulate_steps > 1):
+    field = "grad_clip" if grad_clip else "accumulate_steps"
+    raise UsageError(
+      f"config.{field} does not go with config.optimizer={rows[0].name!r}, "
+      "whose gradients are per example; type --config.optimizer="
+      "differentially_private_aggregate "
+      "--config.opt.differentially_private_aggregate.base=sgd"
+    )
+  arguments = {
+    row.name: _arguments(rows[:i], row, options) for i, row in enumerate(rows)
+  }
+
+  tx = _build_innermost(rows[-1], arguments, learning_rate, no_decay)
+  if below:
+    for row in reversed(below[:-1]):
+      tx = row.build(tx, learning_rate, **arguments[row.name])
+    if grad_clip:
+      tx = optax.chain(optax.clip_by_global_norm(grad_clip), tx)
+    if accumulate_steps > 1:
+      tx = optax.MultiSteps(tx, accumulate_steps).gradient_transformation()
+  if freeze:
+    tx = transforms.freeze(tx, freeze)
+  for row in reversed([row for row in outer if row.wraps]):
+    tx = row.build(tx, learning_rate, **arguments[row.name])
+    if freeze:
+      # What is frozen counts in no norm that the row takes.
+      tx = optax.chain(transforms.freeze(optax.identity(), freeze), tx)
+  needs = frozenset().union(*(row.needs for row in rows))
+  tx = transforms.own_buffers(tx)
+  return optax.GradientTransformationExtraArgs(
+    tx.init, _Update(tx.update, needs)
+  )
+
+
+def needs(tx: optax.GradientTransformation) -> frozenset[str]:
+  """Returns what a transformation made by `build` needs beside the gradient.
+
+  Empty for any other; see `Method.needs`.
+  """
+  return tx.update.needs if isinstance(tx.update, _Update) else frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+  """The `update` of a transformation, which says what it needs."""
+
+  update: optax.TransformUpdateExtraArgsFn
+  needs: frozenset[str]
+
+  def __call__(
+    self,
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    missing = sorted(self.needs - {"per_example"} - extra_args.keys())
+    if missing:
+      arguments = ", ".join(f"{name}=..." for name in missing)
+      raise ValueError(
+        f"this optimizer needs {' and '.join(missing)}: call minimize, or "
+        f"update(..., {arguments})"
+      )
+    if "grad_fn" not in self.needs:
+      # It is no array, so MultiSteps and conditionals could not hand it on.
+      extra_args.pop("grad_fn", None)
+    return self.update(updates, state, params, **extra_args)
+
+
+def _arguments(
+  above: Sequence[Method], row: Method, options: Options
+) -> dict[str, Any]:
+  """Returns the arguments of a row's `build`, under the rows above it."""
+  given = dict(options[row.name])
+  for upper in above:
+    given |= {k: v for k, v in upper.base_options.items() if k in given}
+  return {k: v for k, v in given.items() if k not in ("base", "learning_rate")}
+
+
+def _build_innermost(
+  row: Method,
+  arguments: Mapping[str, Mapping[str, Any]],
+  learning_rate: optax.Schedule,
+  no_decay: Sequence[str],
+) -> optax.GradientTransformation:
+  options = dict(arguments[row.name])
+  if no_decay:
+    if row.decay_mask is None:
+      raise UsageError(
+        f"config.no_decay={tuple(no_decay)} does not go with {row.name}, which "
+        "decays every parameter or none; leave it empty"
+      )
+    options[row.decay_mask] = lambda params: jax.tree.map(
+      lambda matches: not matches, transforms.matching(no_decay, params)
+    )
+  # The injected state is where `scalars` finds the schedule's present value.
+  inject = optax.inject_hyperparams(
+    lambda learning_rate: row.build(learning_rate, **options),
+    hyperparam_dtype=jnp.dtype(jnp.float32),
+  )
+  return inject(learning_rate=learning_rate)

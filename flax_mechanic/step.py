@@ -1,0 +1,136 @@
+"""One step of any method: loss, gradient, and what else the method asks for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_mechanic import stack, transforms
+from flax_mechanic.errors import UsageError
+
+# (params, carried, *args) -> (loss, (aux, carried))
+LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
+
+
+def step(
+  tx: optax.GradientTransformation,
+  loss_fn: LossFn,
+  params: optax.Params,
+  opt_state: optax.OptState,
+  carried: Any,
+  args: tuple[Any, ...],
+) -> tuple[tuple[jax.Array, Any], optax.Updates, optax.OptState, Any]:
+  """Does one step on a pure loss function.
+
+  Args:
+    tx: the transformation; what it needs beside the gradient is found out.
+    loss_fn: `loss_fn(params, carried, *args)` returns `(loss, (aux, carried))`.
+    params: what is differentiated. For a complex leaf the gradient is the
+      conjugate of `jax.grad`'s, the direction of steepest ascent.
+    opt_state: the state of `tx`.
+    carried: state that the loss changes, such as batch statistics and random
+      streams. A method that evaluates the loss again (sam) starts each time
+      from this one, and the first evaluation's outcome is kept.
+    args: the rest. For a method that wants a gradient per example, the leading
+      axis of every array is the batch; scalars and random keys are shared, and
+      each example folds its index into the keys.
+
+  Returns:
+    `(loss, aux)`, the updates, the new state of `tx`, the new `carried`. Per
+    example the loss and the scalars of aux are means over the batch, and the
+    arrays of aux are concatenated.
+  """
+  evaluate = jax.value_and_grad(loss_fn, has_aux=True)
+  if "per_example" in stack.needs(tx):
+    (loss, (aux, new_carried)), grads = _per_example(
+      evaluate, params, carried, args
+    )
+  else:
+    (loss, (aux, new_carried)), grads = evaluate(params, carried, *args)
+  conjugate = lambda grads: jax.tree.map(jnp.conj, grads)
+
+  def grad_fn(params: optax.Params, _: int = 0) -> optax.Updates:
+    return conjugate(evaluate(params, carried, *args)[1])
+
+  extra = transforms.accepted(tx, {"value": loss, "grad_fn": grad_fn})
+  updates, opt_state = tx.update(conjugate(grads), opt_state, params, **extra)
+  return (loss, aux), updates, opt_state, new_carried
+
+
+def _per_example(evaluate, params, carried, args):
+  """Like `evaluate`, but each gradient has a leading axis, the examples."""
+  leaves, treedef = jax.tree.flatten(args)
+  batched = [_is_batched(leaf) for leaf in leaves]
+  sizes = {len(leaf) for leaf, b in zip(leaves, batched, strict=True) if b}
+  if len(sizes) != 1:
+    raise UsageError(
+      "a gradient per example needs arguments whose arrays share the leading "
+      f"axis, the batch; theirs are {sorted(sizes) or 'none'}"
+    )
+
+  def one(index, examples):
+    examples = iter(examples)
+    mine = [
+      next(examples)[None] if b else _fold_in(leaf, index)
+      for leaf, b in zip(leaves, batched, strict=True)
+    ]
+    (loss, (aux, new_carried)), grads = evaluate(
+      params,
+      jax.tree.map(lambda leaf: _fold_in(leaf, index), carried),
+      *jax.tree.unflatten(treedef, mine),
+    )
+    return loss, aux, new_carried, grads
+
+  _check_independent(one, leaves, batched)
+  examples = [leaf for leaf, b in zip(leaves, batched, strict=True) if b]
+  losses, aux, new_carried, grads = jax.vmap(one)(
+    jnp.arange(sizes.pop()), examples
+  )
+  new_carried = jax.tree.map(
+    lambda old, new: old if _is_key(old) else new[0], carried, new_carried
+  )
+  return (
+    (jnp.mean(losses), (jax.tree.map(_merge, aux), new_carried)),
+    grads,
+  )
+
+
+def _merge(aux: jax.Array) -> jax.Array:
+  """Merges an output of shape [batch, ...], of one example each."""
+  if aux.ndim == 1:
+    return jnp.mean(aux)
+  return aux.reshape(-1, *aux.shape[2:]) if aux.shape[1] == 1 else aux
+
+
+def _check_independent(one, leaves, batched) -> None:
+  """Raises if an auxiliary output holds batch statistics (Linen's name)."""
+  examples = [leaf[0] for leaf, b in zip(leaves, batched, strict=True) if b]
+  _, aux, _, _ = jax.eval_shape(one, 0, examples)
+  for path, _ in jax.tree_util.tree_flatten_with_path(aux)[0]:
+    if "batch_stats" in jax.tree_util.keystr(path, simple=True):
+      refuse_batch_statistics()
+
+
+def refuse_batch_statistics() -> None:
+  """Raises the error of a batch norm under per-example gradients."""
+  raise UsageError(
+    "a gradient per example does not go with batch statistics, which mix the "
+    "examples of a batch and so leak them past the clipping; use layer or "
+    "group norm instead"
+  )
+
+
+def _is_key(leaf: Any) -> bool:
+  return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+    leaf.dtype, jax.dtypes.prng_key
+  )
+
+
+def _is_batched(leaf: Any) -> bool:
+  return not _is_key(leaf) and getattr(leaf, "ndim", 0) > 0
+
+
+def _fold_in(leaf: Any, index: jax.Array) -> Any:
+  return jax.random.fold_in(leaf, index) if _is_key(leaf) else leaf

@@ -1,0 +1,119 @@
+"""The TrainState integration, for Linen and for plain functions."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from flax_mechanic import evaluation, transforms
+from flax_mechanic import step as step_lib
+
+
+class TrainState(train_state.TrainState):
+  """A flax `TrainState` that does a whole step of any registered method.
+
+  Example:
+    >>> state = TrainState.create(
+    ...   apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.1)
+    ... )
+    >>> state, loss = state.minimize(
+    ...   lambda params, x: jnp.sum(params["w"] * x) ** 2, jnp.ones(2)
+    ... )
+    >>> float(loss)
+    4.0
+  """
+
+  @classmethod
+  def create(
+    cls,
+    *,
+    apply_fn: Callable[..., Any] | None,
+    params: Any,
+    tx: optax.GradientTransformation,
+    **fields: Any,
+  ) -> Self:
+    """Creates a state at step 0.
+
+    Args:
+      apply_fn: usually `model.apply`.
+      params: the parameters.
+      tx: any optax transformation, as `make_optimizer` returns it.
+      **fields: the fields that a subclass adds.
+    """
+    state = super().create(apply_fn=apply_fn, params=params, tx=tx, **fields)
+    # An array from the start, so that the step compiles once.
+    return state.replace(step=jnp.zeros([], jnp.int32))
+
+  def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
+    """Returns the state after an update.
+
+    Args:
+      grads: a tree like the parameters; conjugated where they are complex.
+      **kwargs: fields to replace, as in flax; any other goes to `tx`, if it
+        accepts it, such as `value`.
+    """
+    names = {field.name for field in dataclasses.fields(self)}
+    fields = {k: v for k, v in kwargs.items() if k in names}
+    extra = {k: v for k, v in kwargs.items() if k not in names}
+    update = functools.partial(
+      self.tx.update, **transforms.accepted(self.tx, extra)
+    )
+    bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+    state = super(TrainState, bound).apply_gradients(grads=grads, **fields)
+    return state.replace(tx=self.tx)
+
+  def minimize(
+    self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False
+  ) -> tuple[Self, Any]:
+    """Does one step of any method on `loss_fn(params, *args)`.
+
+    Args:
+      loss_fn: returns a scalar loss, or `(loss, aux)` with `has_aux`. Mutable
+        collections (batch statistics) come back in aux.
+      *args: the further arguments of `loss_fn`. For a method that wants a
+        gradient per example (dpsgd), the leading axis of every array is the
+        batch, `loss_fn` sees batches of one, and random keys (`jax.random.key`)
+        are shared, each example folding in its index.
+      has_aux: whether `loss_fn` returns auxiliary output.
+
+    Returns:
+      The new state, and what `jax.value_and_grad` returns first, evaluated
+      before the step: the loss, or `(loss, aux)`. Per example, the means over
+      the batch of the loss and of aux's scalars.
+
+    Raises:
+      UsageError: the method wants a gradient per example, and aux holds batch
+        statistics.
+    """
+
+    def pure_loss(params, carried, *args):
+      output = loss_fn(params, *args)
+      loss, aux = output if has_aux else (output, None)
+      return loss, (aux, carried)
+
+    (loss, aux), updates, opt_state, _ = step_lib.step(
+      self.tx, pure_loss, self.params, self.opt_state, (), args
+    )
+    state = self.replace(
+      step=self.step + 1,
+      params=optax.apply_updates(self.params, updates),
+      opt_state=opt_state,
+    )
+    return state, (loss, aux) if has_aux else loss
+
+  def eval_params(self) -> Any:
+    """Returns the parameters that the method evaluates and exports."""
+    return evaluation.eval_params(self.opt_state, self.params)
+
+  def reanchor(self) -> Self:
+    """Returns the state with the method started afresh from its parameters.
+
+    To be called once after `state.replace(params=loaded)`: several methods
+    (prodigy, dog, dowg, cocob, schedule_free) measure from the parameters that
+    they were created with. Mechanic takes those of its first update by itself.
+    """
+    return self.replace(opt_state=self.tx.init(self.params))

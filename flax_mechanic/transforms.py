@@ -1,0 +1,250 @@
+"""Adapters that let optax's methods share one flag and one training step."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_mechanic.errors import UsageError
+
+
+def accepted(
+  tx: optax.GradientTransformation, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns those extra arguments that `tx.update` takes.
+
+  Example:
+    >>> sorted(accepted(optax.contrib.momo(), {"value": 1.0, "grad_fn": None}))
+    ['grad_fn', 'value']
+    >>> accepted(optax.sgd(0.1), {})
+    {}
+  """
+  parameters = inspect.signature(tx.update).parameters.values()
+  if any(p.kind is p.VAR_KEYWORD for p in parameters):
+    return dict(extra)
+  names = {p.name for p in parameters}
+  return {name: value for name, value in extra.items() if name in names}
+
+
+def own_buffers(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Makes the state of `tx` safe to donate together with the parameters.
+
+  Several of optax's states hold the parameters themselves, one zeros array
+  several times, or an array that `init` hands out each time (optax 0.2.8); the
+  copies that part them vanish when `init` is compiled.
+  """
+  tx = optax.with_extra_args_support(tx)
+  return optax.GradientTransformationExtraArgs(
+    lambda params: jax.tree.map(jnp.copy, tx.init(params)), tx.update
+  )
+
+
+def hand_on(
+  wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+  base: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `wrap(base)`, where `base` gets the extra arguments it accepts.
+
+  Some of optax's wrappers call `base.update` without them (optax 0.2.8: `sam`,
+  `split_real_and_imaginary`).
+  """
+
+  def update(updates, state, params=None, **extra_args):
+    bound = optax.GradientTransformation(
+      base.init,
+      lambda updates, state, params=None: base.update(
+        updates, state, params, **accepted(base, extra_args)
+      ),
+    )
+    tx = wrap(bound)
+    return tx.update(updates, state, params, **accepted(tx, extra_args))
+
+  return optax.GradientTransformationExtraArgs(wrap(base).init, update)
+
+
+def skip_zeros(
+  tx: optax.GradientTransformation, learning_rate: jax.typing.ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+  """Skips the updates at which `tx` would divide 0 by 0.
+
+  Prodigy and D-Adaptation divide by the sum of the gradients they have weighted
+  with the learning rate (optax 0.2.8): where the schedule or the gradient is
+  exactly 0 from the start, their estimate becomes NaN for good.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def update(updates, state, params=None, **extra_args):
+    leaves = jax.tree.leaves(updates)
+    moves = jnp.any(jnp.stack([jnp.any(g != 0) for g in leaves]))
+    run = lambda: tx.update(updates, state, params, **extra_args)
+    like, _ = jax.eval_shape(run)
+    skip = lambda: (
+      jax.tree.map(lambda g, u: jnp.zeros_like(g, u.dtype), updates, like),
+      state,
+    )
+    return jax.lax.cond(moves & (learning_rate != 0), run, skip)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+class AveragedState(NamedTuple):
+  """State of `average_iterates`.
+
+  Attributes:
+    inner_state: the wrapped transformation's.
+    count: int32 scalar, updates so far.
+    average: averaged parameters, float32 or wider.
+  """
+
+  inner_state: optax.OptState
+  count: jax.Array
+  average: optax.Params
+
+
+def average_iterates(
+  tx: optax.GradientTransformation, gamma: float
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps a polynomial-decay average of the parameters that `tx` reaches.
+
+  After update t the average moves by (1 + gamma) / (t + gamma) of the way to
+  the new parameters, so that about the last 1 / (1 + gamma) of the run counts
+  (Shamir, Zhang 2013, arXiv 1212.1824; with gamma 8 in DoG, arXiv 2302.12022).
+  """
+  tx = optax.with_extra_args_support(tx)
+  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+  def init(params):
+    return AveragedState(
+      tx.init(params),
+      jnp.zeros([], jnp.int32),
+      jax.tree.map(lambda x: jnp.copy(wide(x)), params),
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    updates, inner_state = tx.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    count = jnp.asarray(optax.safe_increment(state.count))
+    weight = (1 + gamma) / (count + gamma)
+    average = jax.tree.map(
+      lambda a, x, u: a + weight * (wide(x) + u - a),
+      state.average,
+      params,
+      updates,
+    )
+    return updates, AveragedState(inner_state, count, average)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+class StepSizeState(NamedTuple):
+  """State of `record_step_size`.
+
+  Attributes:
+    inner_state: the wrapped transformation's.
+    step_size: float32 scalar, what multiplied the last direction.
+    fraction: float32 scalar, the same over the learning rate.
+  """
+
+  inner_state: optax.OptState
+  step_size: jax.Array
+  fraction: jax.Array
+
+
+def record_step_size(
+  tx: optax.GradientTransformation,
+  direction: Callable[[Any], optax.Updates],
+  learning_rate: jax.typing.ArrayLike,
+  weight_decay: float,
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps the step size that MoMo chose, which its own state does not hold.
+
+  Args:
+    tx: MoMo or MoMo-Adam.
+    direction: new state of `tx` -> d, where the update is a decay - step d.
+    learning_rate: the cap on the step size.
+    weight_decay: of `tx`.
+  """
+  tx = optax.with_extra_args_support(tx)
+  zero = lambda: jnp.zeros([], jnp.float32)
+
+  def update(updates, state, params=None, **extra_args):
+    updates, inner_state = tx.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    decay = learning_rate * weight_decay / (1 + learning_rate * weight_decay)
+    steps = jax.tree.map(lambda u, x: u + decay * x, updates, params)
+    length = jnp.asarray(optax.tree.norm(direction(inner_state)))
+    step_size = jnp.where(length > 0, optax.tree.norm(steps) / length, 0.0)
+    fraction = jnp.where(
+      jnp.asarray(learning_rate) > 0, step_size / learning_rate, 0.0
+    )
+    return updates, StepSizeState(
+      inner_state,
+      step_size.astype(jnp.float32),
+      fraction.astype(jnp.float32),
+    )
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: StepSizeState(tx.init(params), zero(), zero()), update
+  )
+
+
+def matching(patterns: Sequence[str], params: optax.Params) -> Any:
+  """Returns a tree of bools: which leaves a pattern is found in the path of.
+
+  Args:
+    patterns: regular expressions, searched in paths such as "blocks/0/bias".
+    params: the parameters.
+
+  Example:
+    >>> matching(["bias$"], {"head": {"bias": 0, "kernel": 1}})
+    {'head': {'bias': True, 'kernel': False}}
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: any(
+      re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/"))
+      for pattern in patterns
+    ),
+    params,
+  )
+
+
+def freeze(
+  tx: optax.GradientTransformation, patterns: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps the leaves whose path a pattern is found in; `tx` sees the others.
+
+  `optax.masked` would hand their raw gradient through as their update (optax
+  0.2.8).
+
+  Raises:
+    UsageError: by `init`, if a pattern is found in no path.
+  """
+  label = lambda params: jax.tree.map(
+    lambda frozen: "freeze" if frozen else "train", matching(patterns, params)
+  )
+  partition = optax.partition(
+    {"train": tx, "freeze": optax.set_to_zero()}, label
+  )
+
+  def init(params):
+    for pattern in patterns:
+      if not any(jax.tree.leaves(matching([pattern], params))):
+        paths = [
+          jax.tree_util.keystr(path, simple=True, separator="/")
+          for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+        ]
+        raise UsageError(
+          f"config.freeze={pattern!r} is found in no parameter's path; the "
+          f"paths are {', '.join(paths[:4])}..."
+        )
+    return partition.init(params)
+
+  return optax.GradientTransformationExtraArgs(init, partition.update)

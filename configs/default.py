@@ -20,9 +20,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.learning_rate = 1e-3
 
   # The learning rate over time, as a shape with peak 1: constant, warmup,
-  # warmup_cosine, warmup_linear or rsqrt.
+  # warmup_cosine, warmup_linear or rsqrt; "" is what the optimizer was made for.
   config.schedule = ml_collections.ConfigDict()
-  config.schedule.name = "warmup_cosine"
+  config.schedule.name = ""
   # Steps from 0 to the peak.
   config.schedule.warmup_steps = 100
 

@@ -11,6 +11,7 @@ from flax_mechanic.mechanic import MechanicState as MechanicState
 from flax_mechanic.mechanic import mechanize as mechanize
 from flax_mechanic.metrics import scalars as scalars
 from flax_mechanic.optimizer import Optimizer as Optimizer
+from flax_mechanic.registry import describe as describe
 from flax_mechanic.registry import methods as methods
 from flax_mechanic.registry import register as register
 from flax_mechanic.schedule import make_schedule as make_schedule

@@ -157,6 +157,27 @@ def register(
   return _TABLE[name]
 
 
+def describe() -> str:
+  """Returns the table as text: a line of facts a row, and what it is."""
+  facts = [("name", "learning rate", "needs", "schedule")]
+  for row in _TABLE.values():
+    base = "its base's" if row.wraps else ""
+    rate = "learned" if not row.tuned else base or "tuned"
+    needs = ", ".join(sorted(row.needs)) or "-"
+    facts.append((row.name, rate, needs, row.schedule or base))
+  widths = [max(map(len, column)) for column in zip(*facts, strict=True)]
+  head, *lines = (
+    "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in facts
+  )
+  return "\n".join(
+    [head]
+    + [
+      f"{line}\n    {row.summary}; {row.advice}\n    {row.paper}"
+      for line, row in zip(lines, _TABLE.values(), strict=True)
+    ]
+  )
+
+
 def get(name: str, field: str) -> Method:
   """Returns a row.
 

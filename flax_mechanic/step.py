@@ -133,4 +133,8 @@ def _is_batched(leaf: Any) -> bool:
 
 
 def _fold_in(leaf: Any, index: jax.Array) -> Any:
-  return jax.random.fold_in(leaf, index) if _is_key(leaf) else leaf
+  """Folds `index` into every key of a leaf that holds keys."""
+  if not _is_key(leaf):
+    return leaf
+  keys = jax.vmap(jax.random.fold_in, (0, None))(leaf.reshape(-1), index)
+  return keys.reshape(leaf.shape)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 
 from configs import digits, text
 from flax_mechanic import UsageError, methods
+from tests import optimizers
 from train import loop
 
 ROOT = pathlib.Path(__file__).parent.parent
-TUNED = [name for name, row in methods().items() if row.tuned]
+BASES = ["adamw", "sgd", "lion"]
 
 
 def make_config(get_config=digits.get_config, variant="", **fields):
@@ -135,7 +137,7 @@ def test_a_finished_run_is_evaluated_and_more_steps_go_on(tmp_path):
   assert steps == [10, 20]
 
 
-@pytest.mark.parametrize("optimizer", TUNED)
+@pytest.mark.parametrize("optimizer", BASES)
 @pytest.mark.parametrize("base_of_mechanic", [False, True])
 def test_every_optimizer_learns_text(tmp_path, optimizer, base_of_mechanic):
   fields = (
@@ -157,6 +159,28 @@ def test_every_optimizer_learns_text(tmp_path, optimizer, base_of_mechanic):
   evaluation = loop.train(config, tmp_path)
   uniform = 8.0
   assert evaluation["eval/bits_per_byte"] < 0.65 * uniform
+
+
+@pytest.mark.parametrize("name", optimizers.NAMES)
+def test_the_job_runs_every_optimizer(tmp_path, name):
+  config = optimizers.configure(
+    make_config(num_steps=10, eval_every=10, model__widths=(8,)), name
+  )
+  evaluation = loop.train(config, tmp_path)
+  assert np.isfinite(evaluation["eval/loss"])
+  assert metrics(tmp_path)[0]["learning_rate/effective"] >= 0
+
+
+def test_the_job_names_no_optimizer():
+  files = [ROOT / "train" / name for name in ("loop.py", "job.py", "main.py")]
+  for path in [*files, *(ROOT / "train" / "tasks").glob("*.py")]:
+    words = set(re.findall(r"\w+", path.read_text()))
+    assert not words & set(methods()), path
+
+
+def test_the_readme_lists_every_optimizer():
+  readme = (ROOT / "README.md").read_text()
+  assert not [name for name in methods() if f"`{name}`" not in readme]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def override(
 
   Args:
     config: a locked config.
-    overrides: flag and value, such as `("config.opt.adamw.b1", "0.8")`; a bool
+    overrides: flag and value, such as `("config.num_steps", "80")`; a bool
       needs no value, and None leaves a field that is None. A tuple collects
       the values of a repeated flag; of any other field the last one counts.
 
@@ -277,7 +277,7 @@ def _unknown(config: ConfigDict, path: str) -> str:
 
 
 def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-  """Yields the dotted path of every field, as config.opt.adamw.b1."""
+  """Yields the dotted path of every field, such as schedule.name."""
   for key in config:
     if isinstance(config[key], ConfigDict):
       yield from _paths(config[key], f"{prefix}{key}.")

@@ -47,7 +47,7 @@ def make_job(config: ConfigDict) -> Job:
     UsageError: a value in the config is out of range.
   """
   schedule = flax_mechanic.make_schedule(
-    config.schedule.name,
+    config.schedule.name or flax_mechanic.own_schedule(config),
     config.num_steps // config.accumulate_steps,
     config.schedule.warmup_steps,
   )

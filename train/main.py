@@ -5,12 +5,13 @@ r"""Trains what a config file describes, and resumes it when run again.
 --config=FILE[:VARIANT]  the job: a Python file with get_config()
 --workdir=DIR            checkpoints and metrics; the same command resumes there
 --config.FIELD=VALUE     replaces a field of the job, any number of times
+--config.optimizer=help  the optimizers: what each is, needs, when to take it
 --help                   this text and, after --config=FILE, every field
 
 For example:
 
   python -m train.main --config=configs/digits.py --workdir=/tmp/digits \
-    --config.optimizer=mechanic
+    --config.optimizer=NAME
 """
 
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 
 import absl.logging
 
+import flax_mechanic
 from flax_mechanic.errors import UsageError
 from train import flags
 
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     if not {"-h", "--help"}.isdisjoint(arguments):
       _print_help(arguments)
+      return 0
+    if "--config.optimizer=help" in arguments:
+      print(flax_mechanic.describe())
       return 0
     config, workdir = flags.parse(arguments)
     from train import loop  # Importing it takes seconds; a typo should not.

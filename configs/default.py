@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.learning_rate = 1e-3
 
   # The learning rate over time, as a shape with peak 1: constant, warmup,
-  # warmup_cosine, warmup_linear or rsqrt; "" is what the optimizer was made for.
+  # warmup_cosine, warmup_linear, rsqrt, or "" for the optimizer's own.
   config.schedule = ml_collections.ConfigDict()
   config.schedule.name = ""
   # Steps from 0 to the peak.

@@ -1,9 +1,10 @@
 """Mechanic, a learning rate tuner (Cutkosky, Defazio, Mehta 2023).
 
 Paper: https://arxiv.org/abs/2306.00144, Algorithm 1. The letters are the
-paper's: `s` is the learned scale, one entry a beta, whose sum S multiplies the
-base optimizer's updates; `h` is the tuner's own scalar gradient; `m`, `v` and
-`r` are its running maximum, second moment and reward.
+paper's: x0 is the reference point, Delta the sum of the base optimizer's
+updates, `s` the learned scale, one entry a beta, and S its sum, so that the
+parameters are x = x0 + S Delta; `h` is the tuner's own scalar gradient; `m`,
+`v` and `r` are its running maximum, second moment and reward.
 
 Before:
   tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, tuned_lr, ...))
@@ -12,7 +13,8 @@ After:
 """
 
 import operator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ import optax
 
 
 class MechanicState(NamedTuple):
-  """State of `mechanize`; fields, names and order are optax's.
+  """State of `mechanize`; the fields up to `x0` and their order are optax's.
 
   Attributes:
     base_optimizer_state: the state of the wrapped transformation.
@@ -29,7 +31,12 @@ class MechanicState(NamedTuple):
     m: running maximum of |h| for each beta, [num_betas].
     v: running sum of h^2 for each beta, [num_betas].
     s: learned scale of each beta, [num_betas]; S is their sum.
-    x0: the reference point, a tree like the parameters and of their dtypes.
+    x0: the reference point, a tree like the parameters and of their dtypes; a
+      leaf is `optax.MaskedNode()` where only Delta is kept.
+    delta: Delta, a tree like the parameters, float32 or wider; a leaf is
+      `optax.MaskedNode()` where it is recovered from x and x0.
+    skipped: int32 scalar, gradients skipped so far.
+    grad_norm: running mean of the gradient's norm, scalar; 0 at the start.
   """
 
   base_optimizer_state: optax.OptState
@@ -39,6 +46,42 @@ class MechanicState(NamedTuple):
   v: jax.Array
   s: jax.Array
   x0: optax.Params
+  delta: optax.Params
+  skipped: jax.Array
+  grad_norm: jax.Array
+
+
+class _Rule(NamedTuple):
+  """What the implementations of Algorithm 1 differ in.
+
+  Attributes:
+    s_start: s before the first update, over `s_init`.
+    m_start: m before the first update.
+    m_eps: what is added to |h| in m, over `eps`.
+    clips: whether h is clipped to the last m in the reward.
+    clamps: whether the reward is kept at 0 or above, or only in the wealth.
+    decays_after_base: whether the decay term sees the parameters after the
+      base's own update, or before.
+    stores_delta: whether Delta is kept by default.
+  """
+
+  s_start: float
+  m_start: float
+  m_eps: float
+  clips: bool
+  clamps: bool
+  decays_after_base: bool
+  stores_delta: bool
+
+
+_RULES = {
+  "optax": _Rule(1.0, 0.0, 1.0, True, False, False, False),
+  "pytorch": _Rule(0.0, 1e-6, 0.0, False, True, True, False),
+  "paper": _Rule(0.0, 0.0, 0.0, False, True, False, True),
+}
+
+# How fast the running mean of the gradient's norm forgets.
+_NORM_DECAY = 0.9
 
 
 def mechanize(
@@ -47,34 +90,64 @@ def mechanize(
   eps: jax.typing.ArrayLike = 1e-8,
   s_init: jax.typing.ArrayLike = 1e-6,
   num_betas: int = 6,
+  *,
+  betas: Sequence[float] | None = None,
+  s_decay: jax.typing.ArrayLike | None = None,
+  store_delta: bool | None = None,
+  variant: Literal["optax", "paper", "pytorch"] = "optax",
+  spike_factor: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Learns the scale of `base_optimizer`'s updates, that is its learning rate.
 
-  Takes `optax.contrib.mechanize`'s arguments in its order and computes the same
-  sequence to rounding. Beyond it: the tuner's scalars and inner products are
-  float32 or wider whatever the parameters are, the state shares no buffer with
-  the parameters (so that both can be donated), and no inner product flattens a
-  leaf (so that sharded leaves are reduced where they lie, on Auto and on
-  Explicit meshes).
+  Takes `optax.contrib.mechanize`'s arguments in its order and by default
+  computes the same sequence to rounding. Beyond it:
+
+  - The tuner and every inner product are float32, or float64 for float64
+    parameters. A bfloat16 or float16 leaf keeps Delta in float32 beside x0, so
+    that x = round(x0 + S Delta) loses nothing from step to step; the base sees
+    float32 gradients and parameters, and keeps its state in float32.
+  - A gradient with a NaN or an Inf, or too large to be squared, is skipped: the
+    parameters, the tuner and the base stay as they are, `skipped` counts it.
+  - The state shares no buffer with the parameters, so that both can be donated,
+    and no inner product flattens a leaf, so that sharded leaves are reduced
+    where they lie, on Auto and on Explicit meshes.
 
   Give the base a schedule that peaks at 1.0. If the parameters are replaced
   between `init` and the first `update`, the replaced ones are the reference
-  point.
+  point. A zero gradient, an empty leaf, a scalar leaf and a tree without leaves
+  are fine; a leaf whose gradient is None stays as it is.
 
   Args:
     base_optimizer: the transformation whose updates are scaled.
     weight_decay: lambda of the paper's decay term, a fraction; it is not the
-      base's weight decay.
-    eps: added to denominators and to |h|.
+      base's weight decay. It bounds S by about 1 / weight_decay; with 0, S is
+      unbounded.
+    eps: added to denominators and, in optax's rule, to |h|.
     s_init: the initial scale.
     num_betas: n, for betas 1 - 0.1^i with i = 1..n.
+    betas: the betas themselves, in place of `num_betas`.
+    s_decay: the PyTorch package's name of `weight_decay`, in its place.
+    store_delta: whether Delta is kept in place of x0, in the same memory. x0
+      recovers it as (x - x0) / S, whose rounding errors grow as 1 / S; kept, it
+      is exact and costs one more write. None is False, except for the paper's
+      rule, which recovers nothing from S = 0.
+    variant: the update rule. "optax" starts from s = s_init, clips h to the
+      last m and clamps the reward in the wealth only; "pytorch", that of the
+      package mechanic-pytorch (whose s_init is 1e-8), starts from s = 0 and
+      m = 1e-6, does not clip, and decays with the parameters after the base's
+      update; "paper" is Algorithm 1, with |h| in m as both have it.
+    spike_factor: a finite gradient whose norm is over this many times its
+      running mean is skipped too; None is never. A norm that stays high is
+      accepted after a few steps.
 
   Returns:
     A transformation whose state is a `MechanicState`. Its `update` wants
     `params` and hands extra arguments on to the base.
 
   Raises:
-    ValueError: by `update`, if `params` is not given.
+    ValueError: an unknown variant, both names of one argument, or
+      `store_delta=False` with the paper's rule; by `update`, if `params` is not
+      given.
 
   Example:
     >>> tx = mechanize(optax.adamw(1.0))
@@ -84,19 +157,47 @@ def mechanize(
     >>> state.s.shape
     (6,)
   """
+  if variant not in _RULES:
+    raise ValueError(
+      f"variant={variant!r} is not one of {', '.join(map(repr, _RULES))}"
+    )
+  rule = _RULES[variant]
+  if store_delta is None:
+    store_delta = rule.stores_delta
+  if rule.stores_delta and not store_delta:
+    raise ValueError("variant='paper' keeps Delta: leave store_delta out")
+  if betas is None:
+    betas = [1.0 - 0.1**i for i in range(1, num_betas + 1)]
+  if s_decay is not None:
+    weight_decay = s_decay
   base_optimizer = optax.with_extra_args_support(base_optimizer)
 
   def init(params: optax.Params) -> MechanicState:
     dtype = _tuner_dtype(params)
-    zeros = lambda: jnp.zeros([num_betas], dtype)
+    full = lambda value: jnp.full([len(betas)], value, dtype)
+    kept = lambda x: _kept(x, store_delta)
     return MechanicState(
-      base_optimizer_state=base_optimizer.init(params),
+      base_optimizer_state=base_optimizer.init(
+        jax.tree.map(lambda x: _wide(x, dtype), params)
+      ),
       count=jnp.zeros([], jnp.int32),
-      r=zeros(),
-      m=zeros(),
-      v=zeros(),
-      s=zeros() + jnp.asarray(s_init, dtype),
-      x0=jax.tree.map(jnp.copy, params),
+      r=full(0.0),
+      m=full(rule.m_start),
+      v=full(0.0),
+      s=full(rule.s_start) * jnp.asarray(s_init, dtype),
+      x0=_map(
+        lambda x: jnp.copy(x) if kept(x).x0 else optax.MaskedNode(), params
+      ),
+      delta=_map(
+        lambda x: (
+          jnp.zeros_like(_wide(x, dtype))
+          if kept(x).delta
+          else optax.MaskedNode()
+        ),
+        params,
+      ),
+      skipped=jnp.zeros([], jnp.int32),
+      grad_norm=jnp.zeros([], dtype),
     )
 
   def update(
@@ -110,54 +211,148 @@ def mechanize(
         "mechanize needs params: tx.update(grads, state, params)"
       )
     dtype = state.s.dtype
-    base_updates, base_optimizer_state = base_optimizer.update(
-      updates, state.base_optimizer_state, params, **extra_args
-    )
-    x0 = jax.lax.cond(state.count == 0, lambda: params, lambda: state.x0)
-
-    # The offset recovered from the parameters is -delta in the paper's sign,
-    # as optax's updates already point downhill.
     S = jnp.sum(state.s)
-    offset = jax.tree.map(
-      lambda x0, x: (_wide(x0, dtype) - _wide(x, dtype)) / (S + eps), x0, params
+    # What recovering Delta from x and x0 makes of it.
+    shrink = 1.0 if store_delta and variant != "optax" else S / (S + eps)
+    x0 = jax.lax.cond(
+      state.count == 0,
+      lambda: _map(
+        lambda x, x0: x0 if _absent(x0) else x.astype(x0.dtype),
+        params,
+        state.x0,
+      ),
+      lambda: state.x0,
     )
 
-    # h = <g + decay x, offset> by linearity: the decayed gradient is never
-    # formed, and all four sums read each leaf once.
-    norm_g = jnp.sqrt(_vdot(updates, updates, dtype))
-    norm_x = jnp.sqrt(_vdot(params, params, dtype))
-    decay = weight_decay * S * norm_g / (norm_x + eps)
-    h = _vdot(updates, offset, dtype) + decay * _vdot(params, offset, dtype)
+    def exact_x(x, x0, delta):
+      if _absent(x0) or _absent(delta):
+        return _wide(x, dtype)
+      return _wide(x0, dtype) + S * delta
 
-    betas = 1.0 - 0.1 ** jnp.arange(1, num_betas + 1, dtype=dtype)
-    m = jnp.maximum(betas * state.m, jnp.abs(h) + eps)
-    v = betas**2 * state.v + h**2
-    # Clipping h to the previous m is optax's addition to the paper.
-    r = betas * state.r + jnp.clip(h, -state.m, state.m) * state.s
-    wealth = jnp.asarray(s_init, dtype) / num_betas * m + jnp.maximum(r, 0.0)
-    s = wealth / (jnp.sqrt(v) + eps)
+    def last_delta(x, x0, delta):
+      if _absent(delta):
+        return (_wide(x, dtype) - _wide(x0, dtype)) / (S + eps)
+      return shrink * delta
 
-    new_S = jnp.sum(s)
-    new_updates = jax.tree.map(
-      lambda x0, x, delta, u: (
-        _wide(x0, dtype) - new_S * (delta - u) - _wide(x, dtype)
-      ).astype(x.dtype),
-      x0,
+    grads = _map(
+      lambda x, g: _wide(jnp.zeros_like(x) if g is None else g, dtype),
       params,
-      offset,
-      base_updates,
+      updates,
     )
-    return new_updates, MechanicState(
-      base_optimizer_state=base_optimizer_state,
-      count=jnp.asarray(optax.safe_increment(state.count)),
-      r=r,
-      m=m,
-      v=v,
-      s=s,
-      x0=x0,
+    x = _map(exact_x, params, x0, state.delta)
+    delta = _map(last_delta, params, x0, state.delta)
+    base_updates, base_optimizer_state = base_optimizer.update(
+      grads, state.base_optimizer_state, x, **extra_args
+    )
+
+    # h = <Delta, g + decay x> by linearity: the decayed gradient is never
+    # formed, and all four sums read each leaf once.
+    decayed = _map(jnp.add, x, base_updates) if rule.decays_after_base else x
+    norm_g = jnp.sqrt(_vdot(grads, grads, dtype))
+    norm_x = jnp.sqrt(_vdot(decayed, decayed, dtype))
+    decay = weight_decay * S * norm_g / (norm_x + eps)
+    h = _vdot(grads, delta, dtype) + decay * _vdot(decayed, delta, dtype)
+
+    beta = jnp.asarray(betas, dtype)
+    m = jnp.maximum(beta * state.m, jnp.abs(h) + rule.m_eps * eps)
+    v = beta**2 * state.v + h**2
+    bet = jnp.clip(h, -state.m, state.m) if rule.clips else h
+    r = beta * state.r - bet * state.s
+    if rule.clamps:
+      r = jnp.maximum(r, 0.0)
+    wealth = jnp.asarray(s_init, dtype) / len(betas) * m + jnp.maximum(r, 0.0)
+    s = wealth / (jnp.sqrt(v) + eps)
+    new_S = jnp.sum(s)
+
+    finite = jnp.isfinite(norm_g) & jnp.isfinite(h)
+    usual = _usual_norm(state.grad_norm, spike_factor)
+    ok = finite & (norm_g <= usual)
+    keep = lambda new, old: jnp.where(ok, new, old)
+
+    def new_update(x, x0, old_delta, u, g):
+      if g is None:
+        return jnp.zeros_like(x)
+      if _absent(x0):
+        step = new_S * (shrink * old_delta + u) - S * old_delta
+      elif _absent(old_delta):
+        # Written the other way round than in `last_delta`, so that XLA has
+        # nothing to share between the two passes and so to write out.
+        new_delta = u - (_wide(x0, dtype) - _wide(x, dtype)) / (S + eps)
+        step = _wide(x0, dtype) + new_S * new_delta - _wide(x, dtype)
+      else:
+        new_x = _wide(x0, dtype) + new_S * (shrink * old_delta + u)
+        step = _wide(new_x.astype(x.dtype), dtype) - _wide(x, dtype)
+      return keep(step, 0.0).astype(x.dtype)
+
+    def new_delta(x, old_delta, u, g):
+      if _absent(old_delta) or g is None:
+        return old_delta
+      return keep(shrink * old_delta + u, old_delta)
+
+    return (
+      _map(new_update, params, x0, state.delta, base_updates, updates),
+      MechanicState(
+        base_optimizer_state=jax.tree.map(
+          keep, base_optimizer_state, state.base_optimizer_state
+        ),
+        count=keep(jnp.asarray(optax.safe_increment(state.count)), state.count),
+        r=keep(r, state.r),
+        m=keep(m, state.m),
+        v=keep(v, state.v),
+        s=keep(s, state.s),
+        x0=x0,
+        delta=_map(new_delta, params, state.delta, base_updates, updates),
+        skipped=state.skipped + jnp.where(ok, 0, 1),
+        grad_norm=jnp.where(
+          finite,
+          _mean_norm(state.grad_norm, jnp.minimum(norm_g, usual)),
+          state.grad_norm,
+        ),
+      ),
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Kept(NamedTuple):
+  """What the state keeps of a leaf."""
+
+  x0: bool
+  delta: bool
+
+
+def _kept(x: jax.Array, store_delta: bool) -> _Kept:
+  if jnp.finfo(x.dtype).bits < 32:
+    return _Kept(x0=True, delta=True)
+  return _Kept(x0=not store_delta, delta=store_delta)
+
+
+def _absent(leaf: Any) -> bool:
+  return isinstance(leaf, optax.MaskedNode)
+
+
+def _map(f: Callable[..., Any], params: optax.Params, *trees: Any) -> Any:
+  """Maps over the leaves of `params` and what the trees hold in their places.
+
+  Unlike in `jax.tree.map`, that may be None or a node without leaves.
+  """
+  leaves, treedef = jax.tree.flatten(params)
+  others = [treedef.flatten_up_to(tree) for tree in trees]
+  return treedef.unflatten(list(map(f, leaves, *others)))
+
+
+def _usual_norm(
+  mean: jax.Array, spike_factor: jax.typing.ArrayLike | None
+) -> jax.Array:
+  """Returns the norm over which a gradient is a spike."""
+  if spike_factor is None:
+    return jnp.full_like(mean, jnp.inf)
+  return jnp.where(mean > 0, spike_factor * mean, jnp.inf)
+
+
+def _mean_norm(mean: jax.Array, norm: jax.Array) -> jax.Array:
+  moved = _NORM_DECAY * mean + (1 - _NORM_DECAY) * norm
+  return jnp.where(mean > 0, moved, norm)
 
 
 def _tuner_dtype(params: optax.Params) -> jnp.dtype:
@@ -177,11 +372,7 @@ def _vdot(a: optax.Params, b: optax.Params, dtype: jnp.dtype) -> jax.Array:
   in its repository), which gathers leaves that are sharded over two axes and
   raises on Explicit meshes.
   """
-
-  def leaf(a, b):
-    product = _wide(a, dtype) * _wide(jnp.conj(b), dtype)
-    return jnp.sum(jnp.real(product))
-
-  return jax.tree.reduce(
-    operator.add, jax.tree.map(leaf, a, b), jnp.zeros([], dtype)
+  products = jax.tree.map(
+    lambda a, b: jnp.sum(jnp.real(a * jnp.conj(b))).astype(dtype), a, b
   )
+  return jax.tree.reduce(operator.add, products, jnp.zeros([], dtype))

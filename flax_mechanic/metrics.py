@@ -20,7 +20,7 @@ def scalars(opt_state: Any) -> registry.Scalars:
     opt_state: an optax state, or the `opt_state` of an `nnx.Optimizer`.
 
   Returns:
-    Name -> float scalar: each method's own, such as "mechanic/scale", and
+    Name -> scalar: each method's own, such as "mechanic/scale", and
     "learning_rate/effective", the schedule's present value times the scales
     learned on top of it.
 
@@ -29,7 +29,7 @@ def scalars(opt_state: Any) -> registry.Scalars:
     >>> from flax_mechanic import mechanize
     >>> state = mechanize(optax.sgd(1.0)).init({"w": jnp.ones(2)})
     >>> sorted(scalars(state))
-    ['learning_rate/effective', 'mechanic/scale']
+    ['learning_rate/effective', 'mechanic/scale', 'mechanic/skipped']
   """
   readers: dict[type, Callable[[Any], registry.Scalars]] = {
     InjectStatefulHyperparamsState: _injected_learning_rate

@@ -15,13 +15,19 @@ def _learned_scale(state):
   return {"mechanic/scale": scale, "learning_rate": scale}
 
 
+def _mechanic_scalars(state):
+  return {"mechanic/skipped": state.skipped, **_learned_scale(state)}
+
+
 register(
   "mechanic",
   lambda base, learning_rate, **options: mechanize(base, **options),
   options={
     "base": "adamw",
     "learning_rate": 1.0,
-    **default_options(mechanize),
+    **default_options(
+      mechanize, betas=tuple, store_delta=bool, spike_factor=100.0
+    ),
   },
   tuned=False,
   schedule=None,
@@ -36,7 +42,7 @@ register(
     "first-order optimizer except those",
   ),
   scalars={
-    MechanicState: _learned_scale,
+    MechanicState: _mechanic_scalars,
     contrib.MechanicState: _learned_scale,
   },
   summary="learns the learning rate of any tuned optimizer",

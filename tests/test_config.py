@@ -34,6 +34,10 @@ def test_every_option_is_the_method_s_own_default():
     "eps": 1e-8,
     "s_init": 1e-6,
     "num_betas": 6,
+    "variant": "optax",
+    "betas": None,
+    "store_delta": None,
+    "spike_factor": 100.0,
   }
   config.opt.adamw.mu_dtype = "bfloat16"
   state = flax_mechanic.make_optimizer(config).init(network.params())

@@ -33,29 +33,57 @@ def relative_error(tree, reference):
   return max(jax.tree.leaves(jax.tree.map(leaf, tree, reference)))
 
 
-def numpy_mechanic(base, x, steps, lam=1e-2, eps=1e-8, s_init=1e-6, n=6):
-  """Algorithm 1 over flat float64 vectors, with optax's clipping and signs."""
+def numpy_run(base, tune, x, steps, stored, decays_after_base):
+  """Mechanic over flat float64 vectors; `tune(h)` returns the new S.
+
+  Returns the parameters; Delta is kept if `stored`, else recovered from them.
+  """
+  lam, eps = 1e-2, 1e-8
   flat = lambda tree: np.asarray(ravel_pytree(tree)[0])
   unflat = ravel_pytree(x)[1]
   base_state, base_update = base.init(x), jax.jit(base.update)
   grad = jax.jit(jax.grad(network.loss))
   x0 = xt = flat(x)
-  beta = 1 - 10.0 ** -np.arange(1, n + 1)
-  m, v, r, s = np.zeros(n), np.zeros(n), np.zeros(n), np.full(n, s_init)
+  kept, S = np.zeros_like(x0), tune(None)
   for t in range(steps):
     gradient = grad(unflat(xt), *network.batch(t, jnp.float64))
     update, base_state = base_update(gradient, base_state, unflat(xt))
     g, u = flat(gradient), flat(update)
-    S = sum(s)
-    delta = (xt - x0) / (S + eps)
-    decayed = g + lam * S * np.linalg.norm(g) / (np.linalg.norm(xt) + eps) * xt
-    h = -(decayed @ delta)
-    r = beta * r + np.clip(h, -m, m) * s
-    m = np.maximum(beta * m, abs(h) + eps)
-    v = beta**2 * v + h * h
-    s = (s_init / n * m + np.maximum(r, 0)) / (np.sqrt(v) + eps)
-    xt = x0 + sum(s) * (delta + u)
-  return unflat(xt), m, v, r, s
+    delta = kept if stored else (xt - x0) / (S + eps)
+    seen = xt + u if decays_after_base else xt
+    norms = np.linalg.norm(g), np.linalg.norm(seen) + eps
+    h = delta @ (g + lam * S * norms[0] / norms[1] * seen)
+    S = tune(h)
+    kept = delta + u
+    xt = x0 + S * kept
+  return unflat(xt)
+
+
+class NumpyTuner:
+  """The scalar part of Algorithm 1 as each implementation has it."""
+
+  def __init__(self, variant, s_init, n=6):
+    self.variant, self.s_init, self.n = variant, s_init, n
+    self.beta = 1 - 10.0 ** -np.arange(1, n + 1)
+    self.v = self.r = np.zeros(n)
+    self.m = np.full(n, 1e-6 if variant == "pytorch" else 0.0)
+    self.s = np.full(n, s_init if variant == "optax" else 0.0)
+
+  def __call__(self, h):
+    if h is None:
+      return sum(self.s)
+    beta, eps = self.beta, 1e-8
+    if self.variant == "optax":
+      h = -h  # optax's offset points the other way
+      self.r = beta * self.r + np.clip(h, -self.m, self.m) * self.s
+      self.m = np.maximum(beta * self.m, abs(h) + eps)
+    else:
+      self.r = np.maximum(0, beta * self.r - self.s * h)
+      self.m = np.maximum(beta * self.m, abs(h))
+    self.v = beta**2 * self.v + h * h
+    wealth = self.s_init / self.n * self.m + np.maximum(self.r, 0)
+    self.s = wealth / (np.sqrt(self.v) + eps)
+    return sum(self.s)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -75,12 +103,59 @@ def test_equals_optax(base, dtype, tolerance):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_equals_numpy(base):
+@pytest.mark.parametrize(
+  ("variant", "store_delta"),
+  [
+    ("optax", False),
+    ("pytorch", False),
+    ("pytorch", True),
+    ("paper", True),
+  ],
+)
+def test_equals_numpy(base, variant, store_delta):
+  s_init = 1e-6 if variant == "optax" else 1e-5
   with jax.enable_x64(True):
-    x, state, _ = network.train(mechanize(BASES[base]()), 200, jnp.float64)
-    reference = numpy_mechanic(BASES[base](), network.params(jnp.float64), 200)
+    tx = mechanize(
+      BASES[base](), s_init=s_init, variant=variant, store_delta=store_delta
+    )
+    x, state, _ = network.train(tx, 200, jnp.float64)
+    tuner = NumpyTuner(variant, s_init)
+    reference = numpy_run(
+      BASES[base](),
+      tuner,
+      network.params(jnp.float64),
+      200,
+      stored=store_delta,
+      decays_after_base=variant == "pytorch",
+    )
     ours = (x, state.m, state.v, state.r, state.s)
-    assert relative_error(ours, reference) < 1e-10
+    theirs = (reference, tuner.m, tuner.v, tuner.r, tuner.s)
+    assert relative_error(ours, theirs) < 1e-9
+    assert float(jnp.sum(state.s)) > 1e-4
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_stored_delta_is_the_same_sequence(base):
+  with jax.enable_x64(True):
+    kept = network.train(
+      mechanize(BASES[base](), store_delta=True), 100, jnp.float64
+    )
+    recovered = network.train(mechanize(BASES[base]()), 100, jnp.float64)
+    assert relative_error(kept[0], recovered[0]) < 1e-9
+    assert not jax.tree.leaves(kept[1].x0)
+    assert jax.tree.structure(kept[1].delta) == jax.tree.structure(kept[0])
+
+
+def test_stored_delta_is_exact_where_recovering_is_not():
+  # sgd at a small rate: S is large and its offsets small.
+  run = lambda dtype, **options: network.train(
+    mechanize(optax.sgd(1e-2), **options), 60, dtype
+  )
+  with jax.enable_x64(True):
+    exact = np.sum(run(jnp.float64)[1].s)
+  error = lambda state: relative_error(np.sum(state.s), exact)
+  assert error(run(jnp.float32, store_delta=True)[1]) < 1e-5
+  assert error(run(jnp.float32)[1]) > 1e-5
 
 
 def test_options_equal_optax():
@@ -179,3 +254,186 @@ def test_sharded_equals_one_device(axis_type):
       )
     hlo = update.lower(place(g), many_state, many).compile().as_text()
     assert not re.search(r"all-gather", hlo)
+
+
+def poison(grads, value):
+  """Puts `value` into one entry of one leaf."""
+  head = grads["head"].at[0, 0].set(value)
+  return grads | {"head": head}
+
+
+def run_with(tx, bad_steps, steps=300):
+  """Trains with gradients that are changed at some steps.
+
+  Args:
+    tx: the transformation.
+    bad_steps: step -> function of the gradient.
+    steps: how many.
+
+  Returns:
+    The losses and the states after each step.
+  """
+  gradient = jax.jit(jax.value_and_grad(network.loss))
+  update = jax.jit(tx.update)
+  x = network.params()
+  state = tx.init(x)
+  losses, states = [], []
+  for i in range(steps):
+    value, grads = gradient(x, *network.batch(i))
+    grads = bad_steps.get(i, lambda grads: grads)(grads)
+    updates, state = update(grads, state, x)
+    x = optax.apply_updates(x, updates)
+    losses.append(float(value))
+    states.append(jax.device_get((x, state)))
+  return np.asarray(losses), states
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_bad_gradient_costs_its_step_and_nothing_else(base, value):
+  tx = mechanize(BASES[base]())
+  bad = {t: lambda g: poison(g, value) for t in (0, 1, 50, 51)}
+  losses, states = run_with(tx, bad)
+  before, after = states[49], states[51]
+  unchanged = jax.tree.map(np.array_equal, before, after)
+  assert all(jax.tree.leaves(unchanged[0]))
+  skipped = unchanged[1]._replace(skipped=True)
+  assert all(jax.tree.leaves(skipped))
+  assert states[-1][1].skipped == 4
+  assert states[-1][1].count == 296
+  good, _ = run_with(tx, {})
+  assert losses[-1] < 1.1 * good[-1]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_finite_spike_costs_a_few_steps(base):
+  tx = mechanize(BASES[base](), spike_factor=100.0)
+  spike = {150: lambda g: jax.tree.map(lambda leaf: 1e6 * leaf, g)}
+  losses, states = run_with(tx, spike)
+  good, good_states = run_with(tx, {})
+  assert states[-1][1].skipped == 1
+  assert good_states[-1][1].skipped == 0
+  scale = lambda state: state[1].s.sum()
+  assert scale(states[160]) > 0.5 * scale(good_states[160])
+  assert np.mean(losses[-20:]) < 1.1 * np.mean(good[-20:])
+
+
+def test_larger_gradients_for_good_are_accepted_soon():
+  tx = mechanize(optax.adamw(1.0), spike_factor=100.0)
+  larger = {
+    t: lambda g: jax.tree.map(lambda leaf: 1e6 * leaf, g)
+    for t in range(100, 200)
+  }
+  _, states = run_with(tx, larger, steps=200)
+  assert 0 < states[-1][1].skipped < 10
+
+
+def test_zero_gradients_are_harmless_at_any_step():
+  zero = {t: lambda g: jax.tree.map(jnp.zeros_like, g) for t in (0, 1, 40)}
+  for options in ({}, {"spike_factor": 100.0}, {"variant": "paper"}):
+    tx = mechanize(optax.adamw(1.0), **options)
+    losses, states = run_with(tx, zero)
+    finite = jax.tree.map(lambda leaf: np.isfinite(leaf).all(), states[-1])
+    assert all(jax.tree.leaves(finite))
+    assert losses[-1] < 0.7 * losses[0]
+    assert states[-1][1].skipped == 0
+
+
+def test_edge_cases_of_trees():
+  run = jax.jit(mechanize(optax.adamw(1.0)).update)
+  for params in (
+    {"w": jnp.float32(2.0)},
+    {"w": jnp.ones((3,)), "empty": jnp.zeros((0, 4))},
+    {"w": jnp.ones((3,)), "none": None},
+    {},
+  ):
+    tx = mechanize(optax.adamw(1.0))
+    state, x = tx.init(params), params
+    for _ in range(20):
+      updates, state = run(x, state, x)
+      x = optax.apply_updates(x, updates)
+    assert jax.tree.structure(x) == jax.tree.structure(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((x, state)))
+    if "w" in params:
+      assert np.all(np.abs(x["w"]) < np.abs(params["w"]))
+
+
+def test_a_leaf_without_gradient_stays():
+  for options in ({}, {"store_delta": True}):
+    tx = mechanize(optax.adamw(1.0), **options)
+    params = {"w": jnp.ones(3), "unused": jnp.ones(2)}
+    state, x = tx.init(params), params
+    for _ in range(20):
+      updates, state = tx.update({"w": x["w"], "unused": None}, state, x)
+      x = optax.apply_updates(x, updates)
+    assert np.array_equal(x["unused"], params["unused"])
+    assert np.all(x["w"] < 1.0)
+
+
+def test_betas_and_names_of_the_pytorch_package():
+  run = lambda **options: network.train(
+    mechanize(optax.sgd(0.1), **options), 20
+  )[0]
+  assert relative_error(run(betas=[0.9, 0.99]), run(num_betas=2)) == 0
+  assert relative_error(run(s_decay=0.1), run(weight_decay=0.1)) == 0
+  assert relative_error(run(weight_decay=0.0), run()) > 0
+  with pytest.raises(ValueError, match="'torch' is not one of 'optax'"):
+    mechanize(optax.sgd(0.1), variant="torch")
+  with pytest.raises(ValueError, match="keeps Delta"):
+    mechanize(optax.sgd(0.1), variant="paper", store_delta=False)
+
+
+def test_complex_parameters():
+  tx = mechanize(optax.sgd(0.1))
+  x = {"w": jnp.array([1.0 + 1.0j, -2.0j])}
+  state = tx.init(x)
+  for _ in range(100):
+    updates, state = tx.update(x, state, x)
+    x = optax.apply_updates(x, updates)
+  assert np.all(np.abs(x["w"]) < 0.5)
+  assert state.s.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, "mixed"])
+def test_low_precision_trains_like_float32(base, dtype):
+  tx = mechanize(BASES[base]())
+  step = network.make_step(tx)
+  if dtype == "mixed":
+    x = network.params(jnp.bfloat16) | {"head": network.params()["head"]}
+  else:
+    x = network.params(dtype)
+  dtypes = [leaf.dtype for leaf in jax.tree.leaves(x)]
+  state = tx.init(x)
+  losses = []
+  for i in range(300):
+    x, state, value = step(x, state, *network.batch(i))
+    losses.append(value)
+  _, exact, expected = network.train(tx, 300)
+  # The loss is taken at rounded parameters; without Delta in float32 it stays
+  # where it began (bfloat16) or is NaN (float16).
+  assert np.mean(losses[-30:]) < 1.05 * np.mean(expected[-30:])
+  assert [leaf.dtype for leaf in jax.tree.leaves(x)] == dtypes
+  assert [leaf.dtype for leaf in jax.tree.leaves(state.x0)] == dtypes
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.delta))
+  assert state.s.dtype == jnp.float32
+  assert 0.7 < jnp.sum(state.s) / jnp.sum(exact.s) < 1.4
+  moments = optax.tree.get_all_with_path(state.base_optimizer_state, "mu")
+  for _, tree in moments:
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tree))
+
+
+def test_bfloat16_parameters_are_the_rounded_sum_of_x0_and_delta():
+  tx = mechanize(optax.adamw(1.0))
+  x = network.params(jnp.bfloat16)
+  state = tx.init(x)
+  step = network.make_step(tx)
+  for i in range(100):
+    x, state, _ = step(x, state, *network.batch(i))
+  exact = jax.tree.map(
+    lambda x0, delta: x0.astype(jnp.float32) + jnp.sum(state.s) * delta,
+    state.x0,
+    state.delta,
+  )
+  rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact)
+  assert relative_error(x, rounded) < 2**-8

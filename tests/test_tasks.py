@@ -388,10 +388,10 @@ def test_dropout_only_where_asked(folder):
 @pytest.mark.parametrize("make", [digits, text])
 def test_dtypes(make, folder):
   argument = folder if make is text else "cnn"
-  task = make(argument, dtype="bfloat16", param_dtype="float16")
+  task = make(argument, dtype="bfloat16")
   model = create(task)
   params = nnx.state(model, nnx.Param)
-  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float16")}
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   batch = task.train_batch(0)
   jaxpr = str(jax.make_jaxpr(lambda b: task.loss(model, b))(batch))
   assert ":bf16[" in jaxpr

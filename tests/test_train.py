@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import digits, text
 from flax_mechanic import UsageError, methods
 from tests import optimizers
 from train import loop
+from train.job import make_job
 
 ROOT = pathlib.Path(__file__).parent.parent
 BASES = ["adamw", "sgd", "lion"]
@@ -159,6 +162,16 @@ def test_every_optimizer_learns_text(tmp_path, optimizer, base_of_mechanic):
   evaluation = loop.train(config, tmp_path)
   uniform = 8.0
   assert evaluation["eval/bits_per_byte"] < 0.65 * uniform
+
+
+def test_parameters_are_kept_in_param_dtype():
+  draw = lambda dtype: nnx.to_pure_dict(
+    make_job(make_config(param_dtype=dtype)).create()["model"]
+  )
+  wide, narrow = draw("float32"), draw("bfloat16")
+  rounded = jax.tree.map(lambda x: x.astype("bfloat16"), wide)
+  assert jax.tree.all(jax.tree.map(np.array_equal, rounded, narrow))
+  assert {x.dtype for x in jax.tree.leaves(narrow)} == {np.dtype("bfloat16")}
 
 
 @pytest.mark.parametrize("name", optimizers.NAMES)

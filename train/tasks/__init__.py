@@ -29,7 +29,11 @@ class Task(Protocol):
   """One line about the data, for the log."""
 
   def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns a new model in training mode; safe to call inside jit."""
+    """Returns a new model in training mode; safe to call inside jit.
+
+    It computes in config.dtype; its parameters are float32, and the job casts
+    them.
+    """
     ...
 
   def train_batch(self, step: int) -> Batch:

@@ -26,12 +26,11 @@ class Mlp(nnx.Module):
     widths: Sequence[int],
     *,
     dtype: jax.typing.DTypeLike,
-    param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
     sizes = (_SIDE * _SIDE, *widths, _CLASSES)
     *hidden, head = (
-      nnx.Linear(m, n, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+      nnx.Linear(m, n, dtype=dtype, rngs=rngs)
       for m, n in itertools.pairwise(sizes)
     )
     self.hidden = nnx.List(hidden)
@@ -53,7 +52,6 @@ class Cnn(nnx.Module):
     widths: Sequence[int],
     *,
     dtype: jax.typing.DTypeLike,
-    param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.hidden = nnx.List(
@@ -63,7 +61,6 @@ class Cnn(nnx.Module):
         kernel_size=(3, 3),
         strides=1 if i == 0 else 2,
         dtype=dtype,
-        param_dtype=param_dtype,
         rngs=rngs,
       )
       for i, (m, n) in enumerate(itertools.pairwise((1, *widths)))
@@ -75,7 +72,6 @@ class Cnn(nnx.Module):
       side * side * widths[-1],
       _CLASSES,
       dtype=dtype,
-      param_dtype=param_dtype,
       rngs=rngs,
     )
 
@@ -135,7 +131,6 @@ class Digits:
     return _MODELS[self._config.model.name](
       self._config.model.widths,
       dtype=jnp.dtype(self._config.dtype),
-      param_dtype=jnp.dtype(self._config.param_dtype),
       rngs=rngs,
     )
 

@@ -135,7 +135,6 @@ class Transformer(nnx.Module):
   Args:
     model: the sizes, `config.model` of configs/text.py.
     dtype: dtype of the computation; the logits are float32 all the same.
-    param_dtype: dtype of the parameters.
     rngs: streams "params" and, if model.dropout > 0, "dropout".
   """
 
@@ -144,17 +143,15 @@ class Transformer(nnx.Module):
     model: ml_collections.ConfigDict,
     *,
     dtype: jax.typing.DTypeLike,
-    param_dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
-    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    linear = functools.partial(nnx.Linear, use_bias=False, **dtypes)
-    norm = functools.partial(nnx.RMSNorm, **dtypes)
+    linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype)
+    norm = functools.partial(nnx.RMSNorm, dtype=dtype)
     embed = functools.partial(
       nnx.Embed,
       features=model.embed_dim,
       embedding_init=nnx.initializers.normal(0.02),
-      **dtypes,
+      dtype=dtype,
       rngs=rngs,
     )
     self.embed = embed(_BYTES)
@@ -319,7 +316,6 @@ class Text:
     return Transformer(
       self._config.model,
       dtype=jnp.dtype(self._config.dtype),
-      param_dtype=jnp.dtype(self._config.param_dtype),
       rngs=rngs,
     )
 

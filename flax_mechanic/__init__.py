@@ -1,4 +1,22 @@
-"""flax_mechanic: one flag, and a Flax job learns its learning rate."""
+"""flax_mechanic: one flag, and a Flax job learns its learning rate.
+
+The rooms, the lowest floor first; each imports from lower ones only:
+
+  errors        the exception that bad input raises
+  mechanic      `mechanize`: the algorithm, an optax transformation
+  registry      what a row of the table of optimizers says; `register`
+  schedule      learning rate schedules with peak 1.0
+  transforms    adapters around optax's transformations
+  evaluation    the parameters to evaluate, out of a state
+  table         the table: a row for each optimizer
+  stack         what wraps what, and the transformation that it builds
+  config        the ml_collections face: `make_optimizer`
+  metrics       what was learned, out of a state: `scalars`
+  step          one step of any method, on pure functions
+  optimizer     `Optimizer`, for NNX
+  train_state   `TrainState`, for Linen
+  checkpoint    `Checkpointer`, on Orbax
+"""
 
 from flax_mechanic import table as _table  # noqa: F401  fills the registry
 from flax_mechanic.checkpoint import Checkpointer as Checkpointer

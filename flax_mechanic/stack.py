@@ -96,7 +96,8 @@ def peak(
 
 def schedule_name(rows: Sequence[Method]) -> str:
   """Returns the name of the schedule that the stack was made for."""
-  return next(row.schedule for row in rows if row.schedule is not None)
+  names = (row.schedule for row in rows if row.schedule is not None)
+  return next(names, "constant")
 
 
 def build(
@@ -144,7 +145,7 @@ def build(
   tx = _build_innermost(rows[-1], arguments, learning_rate, no_decay)
   if below:
     for row in reversed(below[:-1]):
-      tx = row.build(tx, learning_rate, **arguments[row.name])
+      tx = _build_row(row, tx, learning_rate, **arguments[row.name])
     if grad_clip:
       tx = optax.chain(optax.clip_by_global_norm(grad_clip), tx)
     if accumulate_steps > 1:
@@ -152,7 +153,7 @@ def build(
   if freeze:
     tx = transforms.freeze(tx, freeze)
   for row in reversed([row for row in outer if row.wraps]):
-    tx = row.build(tx, learning_rate, **arguments[row.name])
+    tx = _build_row(row, tx, learning_rate, **arguments[row.name])
     if freeze:
       # What is frozen counts in no norm that the row takes.
       tx = optax.chain(transforms.freeze(optax.identity(), freeze), tx)
@@ -208,6 +209,15 @@ def _arguments(
   return {k: v for k, v in given.items() if k not in ("base", "learning_rate")}
 
 
+def _build_row(
+  row: Method, *args: Any, **options: Any
+) -> optax.GradientTransformation:
+  try:
+    return row.build(*args, **options)
+  except (TypeError, ValueError) as error:
+    raise UsageError(f"config.opt.{row.name}: {error}") from error
+
+
 def _build_innermost(
   row: Method,
   arguments: Mapping[str, Mapping[str, Any]],
@@ -224,6 +234,7 @@ def _build_innermost(
     options[row.decay_mask] = lambda params: jax.tree.map(
       lambda matches: not matches, transforms.matching(no_decay, params)
     )
+  _build_row(row, 1.0, **options)  # A bad option is told now, not in `init`.
   # The injected state is where `scalars` finds the schedule's present value.
   inject = optax.inject_hyperparams(
     lambda learning_rate: row.build(learning_rate, **options),

@@ -125,6 +125,11 @@ def test_gradient_clipping_and_accumulation():
     ({"learning_rate": -1.0}, "learning rate .* is -1.0"),
     ({"grad_clip": -1.0}, "config.grad_clip=-1.0"),
     ({"accumulate_steps": 0}, "config.accumulate_steps=0"),
+    ({"opt__adamw__mu_dtype": "bf17"}, "config.opt.adamw: .*bf17"),
+    (
+      {"optimizer": "mechanic", "opt__mechanic__variant": "torch"},
+      "config.opt.mechanic: variant='torch' is not one of 'optax'",
+    ),
   ],
 )
 def test_bad_values_are_one_sentence(fields, words):

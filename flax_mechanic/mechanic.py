@@ -200,6 +200,19 @@ def mechanize(
       grad_norm=jnp.zeros([], dtype),
     )
 
+  def tune(state: MechanicState, h: jax.Array) -> MechanicState:
+    """Returns the state with r, m, v and s moved by h, a scalar."""
+    beta = jnp.asarray(betas, h.dtype)
+    m = jnp.maximum(beta * state.m, jnp.abs(h) + rule.m_eps * eps)
+    v = beta**2 * state.v + h**2
+    loss = jnp.clip(h, -state.m, state.m) if rule.clips else h
+    r = beta * state.r - loss * state.s
+    if rule.clamps:
+      r = jnp.maximum(r, 0.0)
+    wealth = jnp.asarray(s_init, h.dtype) / len(betas) * m + jnp.maximum(r, 0.0)
+    s = wealth / (jnp.sqrt(v) + eps)
+    return state._replace(r=r, m=m, v=v, s=s)
+
   def update(
     updates: optax.Updates,
     state: Any,
@@ -253,16 +266,8 @@ def mechanize(
     decay = weight_decay * S * norm_g / (norm_x + eps)
     h = _vdot(grads, delta, dtype) + decay * _vdot(decayed, delta, dtype)
 
-    beta = jnp.asarray(betas, dtype)
-    m = jnp.maximum(beta * state.m, jnp.abs(h) + rule.m_eps * eps)
-    v = beta**2 * state.v + h**2
-    bet = jnp.clip(h, -state.m, state.m) if rule.clips else h
-    r = beta * state.r - bet * state.s
-    if rule.clamps:
-      r = jnp.maximum(r, 0.0)
-    wealth = jnp.asarray(s_init, dtype) / len(betas) * m + jnp.maximum(r, 0.0)
-    s = wealth / (jnp.sqrt(v) + eps)
-    new_S = jnp.sum(s)
+    tuned = tune(state, h)
+    new_S = jnp.sum(tuned.s)
 
     finite = jnp.isfinite(norm_g) & jnp.isfinite(h)
     usual = _usual_norm(state.grad_norm, spike_factor)
@@ -296,10 +301,10 @@ def mechanize(
           keep, base_optimizer_state, state.base_optimizer_state
         ),
         count=keep(jnp.asarray(optax.safe_increment(state.count)), state.count),
-        r=keep(r, state.r),
-        m=keep(m, state.m),
-        v=keep(v, state.v),
-        s=keep(s, state.s),
+        r=keep(tuned.r, state.r),
+        m=keep(tuned.m, state.m),
+        v=keep(tuned.v, state.v),
+        s=keep(tuned.s, state.s),
         x0=x0,
         delta=_map(new_delta, params, state.delta, base_updates, updates),
         skipped=state.skipped + jnp.where(ok, 0, 1),

@@ -1,6 +1,7 @@
 """The ml_collections face of the table of optimizers."""
 
 import math
+import re
 from typing import Any
 
 import optax
@@ -93,6 +94,14 @@ def make_optimizer(
       f"config.grad_clip={config.grad_clip} must be a norm above 0, or 0 for "
       "no clipping"
     )
+  for field in ("freeze", "no_decay"):
+    for pattern in config[field]:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise UsageError(
+          f"config.{field}={pattern!r} is not a regular expression: {error}"
+        ) from None
   if config.accumulate_steps < 1:
     raise UsageError(
       f"config.accumulate_steps={config.accumulate_steps} must be at least 1"

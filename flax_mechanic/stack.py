@@ -52,6 +52,11 @@ def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
       f"{field}={row.name!r} learns its learning rate itself, and so does "
       f"{learns[0]}; name a base that is tuned by hand, such as 'adamw'"
     )
+  if row.replaces_gradient and above[0].replaces_gradient:
+    raise UsageError(
+      f"{field}={row.name!r} makes a gradient of its own, and so does "
+      f"{above[0].name}; name another base, such as 'adamw'"
+    )
   if row.replaces_gradient:
     fix = (
       f"--config.optimizer={row.name} --config.opt.{row.name}.base="
@@ -126,7 +131,8 @@ def build(
       not decayed.
 
   Raises:
-    UsageError: an option that the stack cannot take.
+    UsageError: an option that the stack cannot take; by `init`, a pattern that
+      is found in no parameter's path.
   """
   below = [row for row in rows if not row.replaces_gradient]
   outer = [row for row in rows if row.replaces_gradient]
@@ -149,7 +155,7 @@ def build(
     if grad_clip:
       tx = optax.chain(optax.clip_by_global_norm(grad_clip), tx)
     if accumulate_steps > 1:
-      tx = optax.MultiSteps(tx, accumulate_steps).gradient_transformation()
+      tx = transforms.accumulate(tx, accumulate_steps)
   if freeze:
     tx = transforms.freeze(tx, freeze)
   for row in reversed([row for row in outer if row.wraps]):
@@ -159,9 +165,13 @@ def build(
       tx = optax.chain(transforms.freeze(optax.identity(), freeze), tx)
   needs = frozenset().union(*(row.needs for row in rows))
   tx = transforms.own_buffers(tx)
-  return optax.GradientTransformationExtraArgs(
-    tx.init, _Update(tx.update, needs)
-  )
+
+  def init(params: optax.Params) -> optax.OptState:
+    transforms.check_found(freeze, params, "config.freeze")
+    transforms.check_found(no_decay, params, "config.no_decay")
+    return tx.init(params)
+
+  return optax.GradientTransformationExtraArgs(init, _Update(tx.update, needs))
 
 
 def needs(tx: optax.GradientTransformation) -> frozenset[str]:

@@ -67,7 +67,8 @@ def _per_example(evaluate, params, carried, args):
   if len(sizes) != 1:
     raise UsageError(
       "a gradient per example needs arguments whose arrays share the leading "
-      f"axis, the batch; theirs are {sorted(sizes) or 'none'}"
+      f"axis, the batch; theirs are {sorted(sizes) or 'none'} (make random "
+      "keys with jax.random.key, not PRNGKey)"
     )
 
   def one(index, examples):

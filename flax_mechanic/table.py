@@ -186,6 +186,7 @@ def _dog_scalars(state):
 
 
 def _dowg_scalars(state):
+  # Without eps, which the state does not hold.
   squares = state.weighted_sq_norm_grads
   rate = jnp.where(
     squares > 0, state.estim_sq_dist * jax.lax.rsqrt(squares), 0.0
@@ -232,12 +233,7 @@ register(
 
 
 def _cocob_scalars(state):
-  leaves = [
-    jax.tree.leaves(tree)
-    for tree in (state.scale, state.subgradients, state.reward)
-  ]
-  reward = sum(jnp.sum(r) for r in leaves[2])
-  return {"cocob/reward": reward}
+  return {"cocob/reward": optax.tree.sum(state.reward)}
 
 
 register(
@@ -330,11 +326,17 @@ register(
   advice="generalizes better at twice the time; over any base",
   paper="Foret et al. 2021, arXiv 2010.01412",
 )
+
+
+def _schedule_free(base, learning_rate, b1, **options):
+  if not 0 < b1 < 1:
+    raise ValueError(f"b1={b1} must be above 0 and below 1")
+  return contrib.schedule_free(base, learning_rate, b1=b1, **options)
+
+
 register(
   "schedule_free",
-  lambda base, learning_rate, **options: contrib.schedule_free(
-    base, learning_rate, **options
-  ),
+  _schedule_free,
   options={
     "base": "adamw",
     **default_options(contrib.schedule_free, state_dtype=str),
@@ -343,6 +345,12 @@ register(
   # Its own b1 takes the place of the base's momentum.
   base_options={"b1": 0.0, "momentum": None},
   refuses={
+    **dict.fromkeys(
+      ("lars", "muon", "momo", "prodigy", "dadapt_adamw"),
+      "its momentum cannot be switched off, and schedule_free has its own",
+    ),
+    "cocob": "cocob's updates are positions, and schedule_free adds them to "
+    "another point",
     "mechanic": "mechanic recovers its offset from the parameters, which "
     "schedule_free moves by itself",
   },

@@ -80,8 +80,11 @@ def skip_zeros(
   tx = optax.with_extra_args_support(tx)
 
   def update(updates, state, params=None, **extra_args):
-    leaves = jax.tree.leaves(updates)
-    moves = jnp.any(jnp.stack([jnp.any(g != 0) for g in leaves]))
+    moves = jax.tree.reduce(
+      jnp.logical_or,
+      jax.tree.map(lambda g: jnp.any(g != 0), updates),
+      jnp.zeros([], bool),
+    )
     run = lambda: tx.update(updates, state, params, **extra_args)
     like, _ = jax.eval_shape(run)
     skip = lambda: (
@@ -224,27 +227,68 @@ def freeze(
   `optax.masked` would hand their raw gradient through as their update (optax
   0.2.8).
 
-  Raises:
-    UsageError: by `init`, if a pattern is found in no path.
   """
   label = lambda params: jax.tree.map(
     lambda frozen: "freeze" if frozen else "train", matching(patterns, params)
   )
-  partition = optax.partition(
-    {"train": tx, "freeze": optax.set_to_zero()}, label
-  )
+  return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, label)
+
+
+def check_found(
+  patterns: Sequence[str], params: optax.Params, field: str
+) -> None:
+  """Raises a UsageError for a pattern that is found in no parameter's path.
+
+  Args:
+    patterns: as in `matching`.
+    params: the parameters.
+    field: the config field that holds the patterns.
+  """
+  paths = [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+  ]
+  for pattern in patterns:
+    if not any(re.search(pattern, path) for path in paths):
+      raise UsageError(
+        f"{field}={pattern!r} is found in no parameter's path; some are "
+        + ", ".join(paths[:4])
+      )
+
+
+class AccumulatedState(NamedTuple):
+  """State of `accumulate`.
+
+  Attributes:
+    steps: that of `optax.MultiSteps`.
+    value: float32 scalar, sum of the losses since the last update.
+  """
+
+  steps: optax.MultiStepsState
+  value: jax.Array
+
+
+def accumulate(
+  tx: optax.GradientTransformation, every: int
+) -> optax.GradientTransformationExtraArgs:
+  """Updates once in `every` batches, with the means of gradient and loss.
+
+  `optax.MultiSteps` hands on the last batch's loss, and its
+  `gradient_transformation()` none (optax 0.2.8).
+  """
+  steps = optax.MultiSteps(tx, every)
 
   def init(params):
-    for pattern in patterns:
-      if not any(jax.tree.leaves(matching([pattern], params))):
-        paths = [
-          jax.tree_util.keystr(path, simple=True, separator="/")
-          for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-        ]
-        raise UsageError(
-          f"config.freeze={pattern!r} is found in no parameter's path; the "
-          f"paths are {', '.join(paths[:4])}..."
-        )
-    return partition.init(params)
+    return AccumulatedState(steps.init(params), jnp.zeros([], jnp.float32))
 
-  return optax.GradientTransformationExtraArgs(init, partition.update)
+  def update(updates, state, params=None, **extra_args):
+    value = state.value
+    if "value" in extra_args:
+      batches = state.steps.mini_step
+      value = jnp.where(batches == 0, 0.0, value) + extra_args["value"]
+      extra_args["value"] = value / (batches + 1)
+      value = value.astype(jnp.float32)
+    updates, inner = steps.update(updates, state.steps, params, **extra_args)
+    return updates, AccumulatedState(inner, value)
+
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -3,6 +3,8 @@
 import os
 import pathlib
 
+import pytest
+
 _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 
 # Before jax is imported; subprocesses inherit them.
@@ -11,3 +13,11 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture
+def x64():
+  import jax  # After the environment is set.
+
+  with jax.enable_x64(True):
+    yield

@@ -1,0 +1,266 @@
+"""What wraps what: combinations, accumulation, freezing, decay masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+
+from flax_mechanic import TrainState, UsageError
+from tests import network
+from tests.by_hand import (
+  AGGREGATE,
+  CLIP,
+  RATE,
+  SHAPE,
+  LinenRun,
+  add,
+  assert_close,
+  assert_equal,
+  batch,
+  build,
+  by_hand,
+  flat,
+  initial,
+  minimize,
+  norm,
+  numpy_aggregate,
+  numpy_grad,
+  numpy_sam_grad,
+  scheduled,
+  under,
+)
+
+# Combinations.
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    (
+      {"optimizer": "mechanic", "opt__mechanic__base": "prodigy"},
+      "'prodigy' learns its learning rate itself, and so does mechanic",
+    ),
+    (
+      {"optimizer": "mechanic", "opt__mechanic__base": "schedule_free"},
+      "'schedule_free' does not go under mechanic: .* recovers its offset",
+    ),
+    (
+      {"optimizer": "schedule_free", "opt__schedule_free__base": "mechanic"},
+      "'mechanic' does not go under schedule_free: .* recovers its offset",
+    ),
+    (
+      {"optimizer": "mechanic", "opt__mechanic__base": "sam"},
+      "must be outermost; type --config.optimizer=sam "
+      "--config.opt.sam.base=mechanic$",
+    ),
+    (
+      {"optimizer": "mechanic", "opt__mechanic__base": "dpsgd"},
+      f"must be outermost; type --config.optimizer={AGGREGATE} "
+      f"--config.opt.{AGGREGATE}.base=mechanic$",
+    ),
+    ({"optimizer": "sam", "opt__sam__base": "sam"}, "'sam' wraps itself"),
+    (
+      {"optimizer": "dpsgd", "grad_clip": 1.0},
+      r"config\.grad_clip does not go with .*'dpsgd', whose gradients are per",
+    ),
+    (
+      {"optimizer": "dpsgd", "accumulate_steps": 2},
+      r"config\.accumulate_steps does not go with .*'dpsgd', whose gradients",
+    ),
+    (
+      {"optimizer": "prodigy", "no_decay": ("bias",)},
+      "does not go with prodigy, which decays every parameter or none",
+    ),
+    (
+      {"freeze": ("^haed",)},
+      r"config\.freeze='\^haed' is found in no parameter's path; .* head",
+    ),
+  ],
+)
+def test_combinations_that_make_no_sense(fields, words):
+  with pytest.raises(UsageError, match=words) as error:
+    build(**{"optimizer": "adamw"} | fields).init(network.params())
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sam", AGGREGATE])
+def test_what_the_errors_say_to_type_builds(name):
+  tx = build(name, **under(name, base="mechanic"))
+  assert optax.tree.get(tx.init(network.params()), "s").shape == (6,)
+
+
+def test_mechanic_over_lamb_warns_once_and_trains():
+  with pytest.warns(UserWarning, match="except those") as warned:
+    tx = build("mechanic", opt__mechanic__base="lamb")
+  assert len(warned) == 1
+  _, losses = minimize(tx, 200)
+  assert np.mean(losses[-10:]) < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["sam", AGGREGATE])
+def test_accumulation_is_the_mean_of_the_method_s_gradients(x64, name):
+  fields = {"accumulate_steps": 2} | under(name, base="sgd")
+  if name == "sam":
+    gradient = lambda *args: numpy_sam_grad(*args, 0.05)[1]
+  else:
+    gradient = lambda *args: numpy_aggregate(*args)[0]
+    fields |= under(name, l2_norm_clip=CLIP, noise_multiplier=0.0)
+  job = LinenRun(build(name, SHAPE, **fields), initial())
+  tx = optax.sgd(scheduled, momentum=0.9)
+  expected = initial()
+  state, update = tx.init(expected), jax.jit(tx.update)
+  for i in range(3):
+    grads = []
+    for j in (2 * i, 2 * i + 1):
+      assert_close(job.params, expected, 1e-7)
+      job.step(*batch(j))
+      grads.append(gradient(expected, *batch(j)))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *grads)
+    updates, state = update(mean, state, expected)
+    expected = add(expected, updates)
+  assert_close(job.params, expected, 1e-7)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["adamw", "mechanic", "sam", AGGREGATE, "prodigy", "schedule_free", "dog"],
+)
+def test_frozen_parameters_stay_bit_for_bit(name):
+  config = {"opt__adamw__weight_decay": 0.5, "freeze": ("^hidden/kernel$",)}
+  tx = build(name, learning_rate=0.1, **config)
+  start = network.params()
+  state, _ = minimize(tx, 5)
+  assert_equal(state.params["hidden"]["kernel"], start["hidden"]["kernel"])
+  for moved, before in (
+    (state.params["hidden"]["bias"], start["hidden"]["bias"]),
+    (state.params["head"], start["head"]),
+  ):
+    assert np.all(moved != before)
+  shape = start["hidden"]["kernel"].shape
+  assert shape not in [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
+  assert start["head"].shape in [
+    leaf.shape for leaf in jax.tree.leaves(state.opt_state)
+  ]
+
+
+@pytest.mark.parametrize("name", ["sam", AGGREGATE])
+def test_frozen_gradients_count_in_no_norm(x64, name):
+  fields = under(name, base="sgd") | under("sgd", momentum=None)
+  if name == AGGREGATE:
+    fields |= under(name, l2_norm_clip=CLIP, noise_multiplier=0.0)
+  job = LinenRun(build(name, freeze=("^hidden/",), **fields), initial())
+  job.step(*batch(0))
+
+  # The same on the head alone, whose inputs are constant.
+  hidden, head = initial()["hidden"], initial()["head"]
+  inputs, targets = batch(0)
+
+  def grad(head, rows=slice(None)):
+    whole = {"hidden": hidden, "head": head}
+    return numpy_grad(whole, inputs[rows], targets[rows])["head"]
+
+  if name == "sam":
+    expected = grad(add(head, grad(head), 0.05 / norm(grad(head))))
+  else:
+    expected = jax.tree.map(np.zeros_like, head)
+    for i in range(len(inputs)):
+      g = grad(head, slice(i, i + 1))
+      expected = add(expected, g, min(1, CLIP / norm(g)) / len(inputs))
+  assert_close(job.params["head"], add(head, expected, -RATE))
+  assert_equal(job.params["hidden"], hidden)
+
+
+def test_no_decay_is_adamw_s_mask(x64):
+  tx = build("adamw", SHAPE, no_decay=("bias",), opt__adamw__weight_decay=0.5)
+  start = jax.tree.map(lambda x: x + 0.5, network.params(jnp.float64))
+  state, _ = minimize(tx, 10, jnp.float64, start)
+  mask = {"hidden": {"kernel": True, "bias": False}, "head": True}
+  masked, everywhere = (
+    by_hand(optax.adamw(scheduled, weight_decay=0.5, mask=m), 10, start)[0]
+    for m in (mask, None)
+  )
+  assert_close(state.params, masked)
+  assert norm(flat(everywhere) - flat(masked)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["momo", "momo_adam"])
+def test_accumulation_hands_the_loss_on(name):
+  tx = build(name, SHAPE, accumulate_steps=2, **under(name, learning_rate=1.0))
+  with jax.enable_x64(True):
+    state = TrainState.create(
+      apply_fn=None, params=network.params(jnp.float64), tx=tx
+    )
+    step = jax.jit(lambda state, *batch: state.minimize(network.loss, *batch))
+    for i in range(5):
+      for _ in range(2):
+        state, _ = step(state, *network.batch(i, jnp.float64))
+    expected, _, _ = by_hand(getattr(contrib, name)(SHAPE), 5)
+    assert_close(state.params, expected, 1e-7)
+
+
+@pytest.mark.parametrize(
+  ("upper", "base"), [("sam", AGGREGATE), ("sam", "dpsgd"), (AGGREGATE, "sam")]
+)
+def test_two_gradients_of_their_own(upper, base):
+  with pytest.raises(UsageError, match=f"and so does {upper}; name another"):
+    build(upper, **under(upper, base=base))
+
+
+@pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
+def test_everything_may_be_frozen(name):
+  state, _ = minimize(build(name, freeze=(".",)), 2)
+  jax.tree.map(np.testing.assert_array_equal, state.params, network.params())
+
+
+@pytest.mark.parametrize("base", ["lars", "muon", "momo", "prodigy", "cocob"])
+def test_schedule_free_refuses(base):
+  with pytest.raises(UsageError, match="does not go under schedule_free"):
+    build("schedule_free", **under("schedule_free", base=base))
+
+
+def test_accumulation_hands_on_the_mean_loss(x64):
+  tx = build("momo", accumulate_steps=3, **under("momo", learning_rate=1.0))
+  together = contrib.momo()
+  params = network.params(jnp.float64)
+  state, x, reference = tx.init(params), params, params
+  reference_state = together.init(params)
+  value_and_grad = jax.jit(jax.value_and_grad(network.loss))
+  for i in range(4):
+    values, gradients = [], []
+    for j in range(3):
+      value, grads = value_and_grad(x, *network.batch(3 * i + j, jnp.float64))
+      updates, state = tx.update(grads, state, x, value=value)
+      x = optax.apply_updates(x, updates)
+      values.append(value)
+      gradients.append(grads)
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *gradients)
+    updates, reference_state = together.update(
+      mean, reference_state, reference, value=sum(values) / 3
+    )
+    reference = optax.apply_updates(reference, updates)
+    assert_close(x, reference, 1e-6)
+
+
+@pytest.mark.parametrize("field", ["freeze", "no_decay"])
+def test_patterns_that_are_wrong_are_named(field):
+  with pytest.raises(UsageError, match=rf"config\.{field}='\(' is not a reg"):
+    build("adamw", **{field: ("(",)})
+  tx = build("adamw", **{field: ("bias", "missing")})
+  with pytest.raises(
+    UsageError, match=rf"config\.{field}='missing' is found in no .* some are"
+  ):
+    tx.init(network.params())
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "words"),
+  [
+    ("schedule_free", {"b1": 0.0}, "b1=0.0 must be above 0"),
+    ("sam", {"sync_period": 0}, "config.opt.sam: "),
+  ],
+)
+def test_options_out_of_range_are_named(name, options, words):
+  with pytest.raises(UsageError, match=words):
+    build(name, **under(name, **options))

@@ -232,34 +232,73 @@ register(
 )
 
 
-def _cocob_scalars(state):
-  return {"cocob/reward": optax.tree.sum(state.reward)}
+def _recorded(state):
+  return dict(state.scalars)
+
+
+def _cocob(learning_rate, alpha, **options):
+  def measure(updates, state, params):
+    *_, betting = state
+    rates = jax.tree.map(
+      lambda L, G, R: (L + R) / (L * jnp.maximum(G + L, alpha * L)),
+      betting.scale,
+      betting.subgradients,
+      betting.reward,
+    )
+    return {
+      "cocob/reward": optax.tree.sum(betting.reward),
+      "learning_rate": optax.tree.sum(rates) / optax.tree.size(rates),
+    }
+
+  return transforms.record(
+    contrib.cocob(learning_rate, alpha, **options), measure
+  )
 
 
 register(
   "cocob",
-  contrib.cocob,
+  _cocob,
+  options=default_options(contrib.cocob),
   tuned=False,
   schedule="constant",
   decay_mask="mask",
-  scalars={contrib.COCOBState: _cocob_scalars},
+  scalars={transforms.RecordedState: _recorded},
   summary="each coordinate bets on its gradient's sign",
   advice="no rate at all; wants a constant schedule",
   paper="Orabona, Tommasi 2017, arXiv 1705.07795",
 )
 
 
-def _step_size_scalars(state):
-  return {"momo/step": state.step_size, "learning_rate": state.fraction}
+def _momo_step(name, direction, learning_rate, weight_decay):
+  """Measures the step s of an update that is a decay - s d.
+
+  Args:
+    name: of the method.
+    direction: new state -> d.
+    learning_rate: the cap on s.
+    weight_decay: of the method.
+  """
+
+  def measure(updates, state, params):
+    decay = learning_rate * weight_decay / (1 + learning_rate * weight_decay)
+    moved = jax.tree.map(lambda u, x: u + decay * x, updates, params)
+    length = optax.tree.norm(direction(state))
+    step = jnp.where(length > 0, optax.tree.norm(moved) / length, 0.0)
+    # The effective learning rate has the cap as a factor already.
+    fraction = jnp.where(learning_rate > 0, step / learning_rate, 0.0)
+    return {f"{name}/step": step, "learning_rate": fraction}
+
+  return measure
 
 
 def _momo(learning_rate, **options):
-  return transforms.record_step_size(
-    contrib.momo(learning_rate, **options),
+  measure = _momo_step(
+    "momo",
     lambda state: state.exp_avg,
-    learning_rate,
+    jnp.asarray(learning_rate),
     options["weight_decay"],
   )
+  return transforms.record(contrib.momo(learning_rate, **options), measure)
 
 
 def _momo_adam(learning_rate, **options):
@@ -271,12 +310,10 @@ def _momo_adam(learning_rate, **options):
       state.exp_avg_sq,
     )
 
-  return transforms.record_step_size(
-    contrib.momo_adam(learning_rate, **options),
-    direction,
-    learning_rate,
-    options["weight_decay"],
+  measure = _momo_step(
+    "momo_adam", direction, jnp.asarray(learning_rate), options["weight_decay"]
   )
+  return transforms.record(contrib.momo_adam(learning_rate, **options), measure)
 
 
 register(
@@ -285,7 +322,7 @@ register(
   options=default_options(contrib.momo),
   tuned=False,
   needs=frozenset({"value"}),
-  scalars={transforms.StepSizeState: _step_size_scalars},
+  scalars={transforms.RecordedState: _recorded},
   summary="momentum whose step follows from the loss and a lower bound",
   advice="losses that are at least lower_bound; the rate is a cap",
   paper="Schaipp et al. 2023, arXiv 2305.07583",
@@ -296,7 +333,7 @@ register(
   options=default_options(contrib.momo_adam),
   tuned=False,
   needs=frozenset({"value"}),
-  scalars={transforms.StepSizeState: _step_size_scalars},
+  scalars={transforms.RecordedState: _recorded},
   summary="Adam whose step follows from the loss and a lower bound",
   advice="losses that are at least lower_bound; the rate is a cap",
   paper="Schaipp et al. 2023, arXiv 2305.07583",

@@ -146,57 +146,48 @@ def average_iterates(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-class StepSizeState(NamedTuple):
-  """State of `record_step_size`.
+class RecordedState(NamedTuple):
+  """State of `record`.
 
   Attributes:
     inner_state: the wrapped transformation's.
-    step_size: float32 scalar, what multiplied the last direction.
-    fraction: float32 scalar, the same over the learning rate.
+    scalars: name -> float32 scalar, 0 before the first update.
   """
 
   inner_state: optax.OptState
-  step_size: jax.Array
-  fraction: jax.Array
+  scalars: dict[str, jax.Array]
 
 
-def record_step_size(
+def record(
   tx: optax.GradientTransformation,
-  direction: Callable[[Any], optax.Updates],
-  learning_rate: jax.typing.ArrayLike,
-  weight_decay: float,
+  measure: Callable[..., dict[str, jax.Array]],
 ) -> optax.GradientTransformationExtraArgs:
-  """Keeps the step size that MoMo chose, which its own state does not hold.
+  """Keeps scalars of the last update that the state of `tx` does not hold.
 
   Args:
-    tx: MoMo or MoMo-Adam.
-    direction: new state of `tx` -> d, where the update is a decay - step d.
-    learning_rate: the cap on the step size.
-    weight_decay: of `tx`.
+    tx: the transformation.
+    measure: `measure(updates, new_state, params)` returns name -> scalar.
   """
   tx = optax.with_extra_args_support(tx)
-  zero = lambda: jnp.zeros([], jnp.float32)
+
+  def init(params):
+    inner_state = tx.init(params)
+    names = jax.eval_shape(measure, params, inner_state, params)
+    return RecordedState(
+      inner_state, {name: jnp.zeros([], jnp.float32) for name in names}
+    )
 
   def update(updates, state, params=None, **extra_args):
     updates, inner_state = tx.update(
       updates, state.inner_state, params, **extra_args
     )
-    decay = learning_rate * weight_decay / (1 + learning_rate * weight_decay)
-    steps = jax.tree.map(lambda u, x: u + decay * x, updates, params)
-    length = jnp.asarray(optax.tree.norm(direction(inner_state)))
-    step_size = jnp.where(length > 0, optax.tree.norm(steps) / length, 0.0)
-    fraction = jnp.where(
-      jnp.asarray(learning_rate) > 0, step_size / learning_rate, 0.0
-    )
-    return updates, StepSizeState(
-      inner_state,
-      step_size.astype(jnp.float32),
-      fraction.astype(jnp.float32),
-    )
+    scalars = {
+      name: jnp.asarray(value, jnp.float32)
+      for name, value in measure(updates, inner_state, params).items()
+    }
+    return updates, RecordedState(inner_state, scalars)
 
-  return optax.GradientTransformationExtraArgs(
-    lambda params: StepSizeState(tx.init(params), zero(), zero()), update
-  )
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def matching(patterns: Sequence[str], params: optax.Params) -> Any:

@@ -461,13 +461,31 @@ def test_scalars_read_the_step_that_momo_took(x64, name, weight_decay):
       direction = mean / (1e-8 + np.sqrt(square / (1 - 0.999 ** (t + 1))))
     step = points[t + 1] - (1 - decay) * points[t]
     rate = np.linalg.norm(step) / np.linalg.norm(direction)
-    np.testing.assert_allclose(found["momo/step"][t], rate, 1e-5, 1e-7)
+    np.testing.assert_allclose(found[f"{name}/step"][t], rate, 1e-5, 1e-7)
     np.testing.assert_allclose(
       found["learning_rate/effective"][t], rate, 1e-5, 1e-7
     )
     np.testing.assert_allclose(step, -rate * direction, 1e-4, 1e-7)
     adaptive += rate < 0.99 * cap
   assert adaptive > 3
+
+
+def test_scalars_read_the_mean_rate_of_cocob_s_bets(x64):
+  alpha = 10.0
+  tx = build("cocob", **under("cocob", alpha=alpha))
+  points, grads, found = trajectory(tx, 10)
+  L, G, R = np.full_like(points[0], 1e-8), 0.0, 0.0
+  for t in range(10):
+    L = np.maximum(L, np.abs(grads[t]))
+    G = G + np.abs(grads[t])
+    R = np.maximum(R - grads[t] * (points[t] - points[0]), 0)
+    rate = np.mean((L + R) / (L * np.maximum(G + L, alpha * L)))
+    np.testing.assert_allclose(
+      found["learning_rate/effective"][t], rate, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      found["cocob/reward"][t], R.sum(), rtol=1e-5, atol=1e-12
+    )
 
 
 def test_injected_mechanic_trains_is_donated_and_read():

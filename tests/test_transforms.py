@@ -203,36 +203,22 @@ def test_average_iterates_accumulates_in_float32():
   np.testing.assert_allclose(state.average["w"], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_record_step_size_divides_the_update_by_the_direction(weight_decay):
-  rate, step = 0.25, 0.1
-  decay = rate * weight_decay / (1 + rate * weight_decay)
-
-  def update(updates, state, params=None):
-    return jax.tree.map(lambda g, x: -decay * x - step * g, updates, params), (
-      updates
-    )
-
-  inner = optax.GradientTransformation(lambda params: params, update)
-  tx = transforms.record_step_size(inner, lambda s: s, rate, weight_decay)
+def test_record_keeps_what_the_update_measured():
+  measure = lambda updates, state, x: {
+    "moved": optax.tree.norm(updates),
+    "first": x["a"].sum() + state.count,
+  }
+  tx = transforms.record(optax.scale_by_schedule(lambda _: 0.5), measure)
   x = params()
   state = tx.init(x)
-  assert (state.step_size, state.fraction) == (0, 0)
-  grads = jax.tree.map(lambda x: x + 1, x)
-  updates, state = tx.update(grads, state, x)
-  expected, _ = update(grads, x, x)
-  jax.tree.map(np.testing.assert_array_equal, updates, expected)
-  np.testing.assert_allclose(state.step_size, step, rtol=1e-5)
-  np.testing.assert_allclose(state.fraction, step / rate, rtol=1e-5)
-  assert state.step_size.dtype == state.fraction.dtype == jnp.float32
-
-
-def test_record_step_size_of_nothing_is_zero():
-  tx = transforms.record_step_size(
-    optax.sgd(0.0), lambda _: zeros(), jnp.float32(0.0), 0.0
+  assert state.scalars == {"moved": 0, "first": 0}
+  updates, state = tx.update(x, state, x)
+  jax.tree.map(lambda u, x: np.testing.assert_allclose(u, 0.5 * x), updates, x)
+  np.testing.assert_allclose(
+    state.scalars["moved"], 0.5 * optax.tree.norm(x), rtol=1e-6
   )
-  _, state = tx.update(zeros(), tx.init(params()), params())
-  assert (state.step_size, state.fraction) == (0, 0)
+  np.testing.assert_allclose(state.scalars["first"], x["a"].sum() + 1)
+  assert all(s.dtype == jnp.float32 for s in state.scalars.values())
 
 
 def test_matching_searches_whole_paths():

@@ -140,6 +140,7 @@ def test_a_finished_run_is_evaluated_and_more_steps_go_on(tmp_path):
   assert steps == [10, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", BASES)
 @pytest.mark.parametrize("base_of_mechanic", [False, True])
 def test_every_optimizer_learns_text(tmp_path, optimizer, base_of_mechanic):
@@ -174,6 +175,7 @@ def test_parameters_are_kept_in_param_dtype():
   assert {x.dtype for x in jax.tree.leaves(narrow)} == {np.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", optimizers.NAMES)
 def test_the_job_runs_every_optimizer(tmp_path, name):
   config = optimizers.configure(

@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
   # warmup_cosine, warmup_linear, rsqrt, or "" for the optimizer's own.
   config.schedule = ml_collections.ConfigDict()
   config.schedule.name = ""
-  # Steps from 0 to the peak.
+  # Updates from 0 to the peak.
   config.schedule.warmup_steps = 100
 
   # Steps between evaluations on the held-out split.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -13,6 +14,12 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_mechanic.errors import UsageError
+
+
+# Fields that say how long or how often, and so change no shape.
+_LENGTHS = re.compile(
+  r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"
+)
 
 
 class Restored(NamedTuple):
@@ -180,9 +187,12 @@ class Checkpointer:
       for path in paths
     ]
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    # The broadest fields first: what a whole group hangs on decides the shapes.
+    fields = sorted(changed, key=lambda field: field.count("."))
+    telling = [field for field in fields if not _LENGTHS.search(field)]
     options = "; ".join(
-      f"config.{field} was {old!r} and is {new!r}"
-      for field, (old, new) in changed.items()
+      f"config.{field} was {changed[field][0]!r} and is {changed[field][1]!r}"
+      for field in telling[:3]
     )
     raise UsageError(
       f"step {step} in {self.directory} does not fit this run "
@@ -220,14 +230,16 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...] | None]:
   """Returns path -> shape; None for random keys, which Orbax saves as words."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): (
-      None if _is_key(leaf) else tuple(leaf.shape)
+      None if _is_key(leaf) else tuple(getattr(leaf, "shape", ()))
     )
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   }
 
 
 def _is_key(leaf: Any) -> bool:
-  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(
+    leaf.dtype, jax.dtypes.prng_key
+  )
 
 
 def _flat_config(config: ConfigDict | None) -> dict[str, Any]:

@@ -96,6 +96,11 @@ def make_optimizer(
     )
   for field in ("freeze", "no_decay"):
     for pattern in config[field]:
+      if not isinstance(pattern, str):
+        raise UsageError(
+          f"config.{field}={pattern!r} must be a text; type "
+          f"--config.{field}='/{pattern}/'"
+        )
       try:
         re.compile(pattern)
       except re.error as error:

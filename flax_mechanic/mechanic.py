@@ -126,7 +126,7 @@ def mechanize(
     s_init: the initial scale.
     num_betas: n, for betas 1 - 0.1^i with i = 1..n.
     betas: the betas themselves, in place of `num_betas`.
-    s_decay: the PyTorch package's name of `weight_decay`, in its place.
+    s_decay: the PyTorch package's name of `weight_decay`; takes its place.
     store_delta: whether Delta is kept in place of x0, in the same memory. x0
       recovers it as (x - x0) / S, whose rounding errors grow as 1 / S; kept, it
       is exact and costs one more write. None is False, except for the paper's
@@ -137,15 +137,15 @@ def mechanize(
       m = 1e-6, does not clip, and decays with the parameters after the base's
       update; "paper" is Algorithm 1, with |h| in m as both have it.
     spike_factor: a finite gradient whose norm is over this many times its
-      running mean is skipped too; None is never. A norm that stays high is
-      accepted after a few steps.
+      running mean is skipped too; None or 0 is never. A norm that stays high
+      is accepted after a few steps.
 
   Returns:
     A transformation whose state is a `MechanicState`. Its `update` wants
     `params` and hands extra arguments on to the base.
 
   Raises:
-    ValueError: an unknown variant, both names of one argument, or
+    ValueError: an unknown variant, a number out of range, or
       `store_delta=False` with the paper's rule; by `update`, if `params` is not
       given.
 
@@ -170,6 +170,22 @@ def mechanize(
     betas = [1.0 - 0.1**i for i in range(1, num_betas + 1)]
   if s_decay is not None:
     weight_decay = s_decay
+  for name, value, low in (
+    ("s_init", s_init, "above 0"),
+    ("eps", eps, "above 0"),
+    ("weight_decay", weight_decay, "at least 0"),
+  ):
+    # Arrays, as optax.inject_hyperparams hands them on, cannot be looked at.
+    if isinstance(value, int | float) and (
+      value < 0 or (low == "above 0" and value == 0)
+    ):
+      raise ValueError(f"{name}={value} must be {low}")
+  if not betas or not all(
+    isinstance(beta, int | float) and 0 < beta < 1 for beta in betas
+  ):
+    raise ValueError(
+      f"betas={betas} must be numbers above 0 and below 1, at least one"
+    )
   base_optimizer = optax.with_extra_args_support(base_optimizer)
 
   def init(params: optax.Params) -> MechanicState:
@@ -350,7 +366,9 @@ def _usual_norm(
   mean: jax.Array, spike_factor: jax.typing.ArrayLike | None
 ) -> jax.Array:
   """Returns the norm over which a gradient is a spike."""
-  if spike_factor is None:
+  if spike_factor is None or (
+    isinstance(spike_factor, int | float) and spike_factor == 0
+  ):
     return jnp.full_like(mean, jnp.inf)
   return jnp.where(mean > 0, spike_factor * mean, jnp.inf)
 

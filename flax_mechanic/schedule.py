@@ -9,7 +9,7 @@ from flax_mechanic.errors import UsageError, did_you_mean
 _SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
   "constant": lambda num_steps, warmup: optax.constant_schedule(1.0),
   "warmup": lambda num_steps, warmup: optax.warmup_constant_schedule(
-    0.0, 1.0, warmup
+    0.0 if warmup else 1.0, 1.0, warmup
   ),
   "warmup_cosine": lambda num_steps, warmup: optax.warmup_cosine_decay_schedule(
     0.0, 1.0, warmup, num_steps
@@ -55,9 +55,14 @@ def make_schedule(
       f"config.schedule.name={name!r} is not a schedule"
       + did_you_mean(name, _SCHEDULES)
     )
-  if not 0 <= warmup_steps < max(1, num_steps):
+  if num_steps < 1:
+    raise UsageError(
+      f"the run has {num_steps} updates; it must have at least 1"
+    )
+  if name != "constant" and not 0 <= warmup_steps < num_steps:
     raise UsageError(
       f"config.schedule.warmup_steps={warmup_steps} must be at least 0 and "
-      f"less than the {num_steps} updates of the run"
+      f"less than the {num_steps} updates of the run; type "
+      f"--config.schedule.warmup_steps={num_steps // 10}"
     )
   return _SCHEDULES[name](num_steps, warmup_steps)

@@ -29,11 +29,18 @@ def resolve(name: str, options: Options) -> list[Method]:
   """
   rows = [registry.get(name, "config.optimizer")]
   while rows[-1].wraps:
-    field = f"config.opt.{rows[-1].name}.base"
-    row = registry.get(options[rows[-1].name]["base"], field)
+    outer = rows[-1]
+    field = f"config.opt.{outer.name}.base"
+    given = options.get(outer.name, outer.options)
+    row = registry.get(given["base"], field)
     _check_pair(rows, row, field)
     rows.append(row)
   for row in rows:
+    if row.name not in options:
+      raise UsageError(
+        f"config.opt has no {row.name!r}; call register before "
+        "add_optimizer_config"
+      )
     for option in options[row.name].keys() - row.options.keys():
       raise UsageError(
         f"config.opt.{row.name}.{option} is not an option of {row.name}"
@@ -162,9 +169,9 @@ def build(
     tx = _build_row(row, tx, learning_rate, **arguments[row.name])
     if freeze:
       # What is frozen counts in no norm that the row takes.
-      tx = optax.chain(transforms.freeze(optax.identity(), freeze), tx)
+      tx = optax.chain(transforms.zero_gradients(freeze), tx)
   needs = frozenset().union(*(row.needs for row in rows))
-  tx = transforms.own_buffers(tx)
+  tx = transforms.keep_dtypes(transforms.own_buffers(tx))
 
   def init(params: optax.Params) -> optax.OptState:
     transforms.check_found(freeze, params, "config.freeze")

@@ -175,6 +175,11 @@ register(
 
 
 def _dog(learning_rate, init_step_kind, init_step, averaging, **options):
+  kinds = ("heuristic", "distance", "learning_rate")
+  if init_step_kind not in kinds:
+    raise ValueError(
+      f"init_step_kind={init_step_kind!r} is not one of {', '.join(kinds)}"
+    )
   tx = contrib.dog(learning_rate, (init_step_kind, init_step), **options)
   return transforms.average_iterates(tx, averaging) if averaging else tx
 

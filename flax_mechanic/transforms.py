@@ -45,6 +45,26 @@ def own_buffers(
   )
 
 
+def keep_dtypes(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps each leaf of the state in the dtype that `init` gave it.
+
+  A float32 learning rate widens the state of low-precision parameters where it
+  comes before the accumulators (optax 0.2.8: `lars`, `cocob`).
+  """
+  tx = optax.with_extra_args_support(tx)
+  cast = lambda new, old: (
+    new if new.dtype == old.dtype else new.astype(old.dtype)
+  )
+
+  def update(updates, state, params=None, **extra_args):
+    updates, new_state = tx.update(updates, state, params, **extra_args)
+    return updates, jax.tree.map(cast, new_state, state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def hand_on(
   wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation],
   base: optax.GradientTransformation,
@@ -222,7 +242,24 @@ def freeze(
   label = lambda params: jax.tree.map(
     lambda frozen: "freeze" if frozen else "train", matching(patterns, params)
   )
-  return optax.partition({"train": tx, "freeze": optax.set_to_zero()}, label)
+  # Zeros like the parameters: a gradient per example has one axis more.
+  still = optax.stateless(
+    lambda updates, params: jax.tree.map(
+      jnp.zeros_like, updates if params is None else params
+    )
+  )
+  return optax.partition({"train": tx, "freeze": still}, label)
+
+
+def zero_gradients(patterns: Sequence[str]) -> optax.GradientTransformation:
+  """Sets the gradients of the leaves to 0 whose path a pattern is found in."""
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(
+      lambda frozen, g: jnp.zeros_like(g) if frozen else g,
+      matching(patterns, updates),
+      updates,
+    )
+  )
 
 
 def check_found(
@@ -280,6 +317,12 @@ def accumulate(
       extra_args["value"] = value / (batches + 1)
       value = value.astype(jnp.float32)
     updates, inner = steps.update(updates, state.steps, params, **extra_args)
-    return updates, AccumulatedState(inner, value)
+    # MultiSteps clears its sum by a product with 0, which keeps a NaN (optax
+    # 0.2.8).
+    done = steps.has_updated(inner)
+    cleared = jax.tree.map(
+      lambda g: jnp.where(done, jnp.zeros_like(g), g), inner.acc_grads
+    )
+    return updates, AccumulatedState(inner._replace(acc_grads=cleared), value)
 
   return optax.GradientTransformationExtraArgs(init, update)

@@ -109,3 +109,13 @@ def test_a_step_that_is_not_there_is_named(tmp_path):
     checkpointer.wait()
     with pytest.raises(UsageError, match=r"holds no step 3; it holds \[1\]"):
       checkpointer.restore({"w": jnp.ones(2)}, step=3)
+
+
+def test_python_scalars_come_back(tmp_path):
+  state = {"step": 3, "w": jnp.ones(2)}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(7, state)
+    checkpointer.wait()
+    restored = checkpointer.restore({"step": 0, "w": jnp.zeros(2)}).state
+  assert restored["step"] == 3
+  np.testing.assert_array_equal(restored["w"], 1)

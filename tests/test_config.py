@@ -222,3 +222,43 @@ def test_scalars_read_what_was_learned():
     "learning_rate/effective": 0.01
   }
   assert flax_mechanic.scalars(optax.sgd(0.1).init(network.params())) == {}
+
+
+@pytest.mark.parametrize(
+  "name", ["constant", "warmup", "warmup_cosine", "warmup_linear", "rsqrt"]
+)
+def test_schedules_without_warm_up_start_at_the_peak(name):
+  assert flax_mechanic.make_schedule(name, 100)(0) == 1.0
+
+
+def test_schedules_ask_for_an_update_and_read_only_what_they_use():
+  with pytest.raises(UsageError, match="must have at least 1"):
+    flax_mechanic.make_schedule("warmup_cosine", 0)
+  assert flax_mechanic.make_schedule("constant", 10, 100)(0) == 1.0
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [
+    ("s_init", 0.0),
+    ("eps", 0.0),
+    ("weight_decay", -1.0),
+    ("num_betas", 0),
+    ("betas", (1.5,)),
+    ("betas", ("a",)),
+  ],
+)
+def test_mechanic_s_options_out_of_range_are_named(option, value):
+  config = make_config(optimizer="mechanic")
+  config.opt.mechanic[option] = value
+  with pytest.raises(UsageError, match=r"config\.opt\.mechanic: .* must be"):
+    flax_mechanic.make_optimizer(config)
+
+
+def test_a_method_registered_too_late_is_named(monkeypatch):
+  monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+  config = make_config()
+  flax_mechanic.register("late", optax.sgd)
+  config.optimizer = "late"
+  with pytest.raises(UsageError, match="call register before"):
+    flax_mechanic.make_optimizer(config)

@@ -12,7 +12,7 @@ from optax import contrib
 
 import flax_mechanic
 from flax_mechanic import Optimizer, TrainState
-from tests import network
+from tests import network, optimizers
 from tests.by_hand import (
   AGGREGATE,
   SHAPE,
@@ -34,6 +34,7 @@ from tests.by_hand import (
   scheduled,
   under,
 )
+from tests.test_config import make_config
 
 # The other methods, on the shared network.
 
@@ -329,6 +330,25 @@ def test_eager_states_can_be_donated_with_the_parameters(name):
       assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given[0]))
     ends.append(x)
   assert_equal(*ends)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bfloat16_parameters_keep_every_dtype(name):
+  config = optimizers.configure(make_config(), name)
+  tx = flax_mechanic.make_optimizer(config, SHAPE)
+  state = TrainState.create(
+    apply_fn=None, params=network.params(jnp.bfloat16), tx=tx
+  )
+  step = jax.jit(
+    lambda state, *batch: state.minimize(network.loss, *batch),
+    donate_argnums=0,
+  )
+  before = [leaf.dtype for leaf in jax.tree.leaves(state)]
+  for i in range(2):
+    state, loss = step(state, *network.batch(i))
+  assert [leaf.dtype for leaf in jax.tree.leaves(state)] == before
+  assert step._cache_size() == 1
+  assert np.isfinite(loss)
 
 
 @pytest.mark.parametrize("name", ROWS)

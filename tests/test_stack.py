@@ -7,6 +7,7 @@ import optax
 import pytest
 from optax import contrib
 
+import flax_mechanic
 from flax_mechanic import TrainState, UsageError
 from tests import network
 from tests.by_hand import (
@@ -15,6 +16,7 @@ from tests.by_hand import (
   RATE,
   SHAPE,
   LinenRun,
+  NnxRun,
   add,
   assert_close,
   assert_equal,
@@ -24,6 +26,7 @@ from tests.by_hand import (
   flat,
   initial,
   minimize,
+  minimize_model,
   norm,
   numpy_aggregate,
   numpy_grad,
@@ -259,8 +262,39 @@ def test_patterns_that_are_wrong_are_named(field):
   [
     ("schedule_free", {"b1": 0.0}, "b1=0.0 must be above 0"),
     ("sam", {"sync_period": 0}, "config.opt.sam: "),
+    ("dog", {"init_step_kind": "foo"}, "init_step_kind='foo' is not one of"),
   ],
 )
 def test_options_out_of_range_are_named(name, options, words):
   with pytest.raises(UsageError, match=words):
     build(name, **under(name, **options))
+
+
+@pytest.mark.parametrize("name", ["dpsgd", AGGREGATE])
+def test_frozen_parameters_keep_their_shape_per_example(name):
+  job = NnxRun(build(name, freeze=("bias",)), initial())
+  for i in range(2):
+    minimize_model(job.model, job.optimizer, *batch(i))
+  assert job.model.hidden.bias.shape == (4,)
+  assert_close(job.model.hidden.bias[...], initial()["hidden"]["bias"], 1e-6)
+
+
+def test_a_bad_batch_costs_its_accumulation_only():
+  tx = build("mechanic", accumulate_steps=2)
+  x = network.params()
+  state, update = tx.init(x), jax.jit(tx.update)
+  gradient = jax.jit(jax.grad(network.loss))
+  for i in range(20):
+    grads = gradient(x, *network.batch(i))
+    if i == 3:
+      grads = jax.tree.map(lambda g: g * jnp.nan, grads)
+    updates, state = update(grads, state, x)
+    x = optax.apply_updates(x, updates)
+  assert flax_mechanic.scalars(state)["mechanic/skipped"] == 1
+  assert np.isfinite(flat(x)).all()
+  assert np.any(flat(updates) != 0)
+
+
+def test_patterns_that_are_no_text_are_named():
+  with pytest.raises(UsageError, match=r"config\.freeze=0 must be a text"):
+    build("adamw", freeze=(0,))

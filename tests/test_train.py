@@ -202,6 +202,7 @@ def test_the_readme_lists_every_optimizer():
   ("fields", "words"),
   [
     ({"num_steps": 0}, r"config\.num_steps=0 must be at least 1"),
+    ({"accumulate_steps": 0}, r"config\.accumulate_steps=0 must be at least 1"),
     ({"eval_every": -1}, r"config\.eval_every=-1 must be at least 1"),
     ({"optimizer": "mechanik"}, "did you mean 'mechanic'"),
     ({"schedule__name": "cosin"}, "config.schedule.name='cosin'"),

@@ -19,6 +19,7 @@ from train.job import Job, make_job
 from train.progress import Progress
 
 _AT_LEAST_ONE = (
+  "accumulate_steps",
   "num_steps",
   "batch_size",
   "log_every",

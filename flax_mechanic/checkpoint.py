@@ -15,7 +15,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_mechanic.errors import UsageError
 
-
 # Fields that say how long or how often, and so change no shape.
 _LENGTHS = re.compile(
   r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"

@@ -12,13 +12,16 @@ After:
   tx = mechanize(optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1.0, ...)))
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from flax_mechanic.guard import guarded_update
+from flax_mechanic.inner_products import inner_products
+from flax_mechanic.sharding import Shardings
 
 
 class MechanicState(NamedTuple):
@@ -37,6 +40,8 @@ class MechanicState(NamedTuple):
       `optax.MaskedNode()` where it is recovered from x and x0.
     skipped: int32 scalar, gradients skipped so far.
     grad_norm: running mean of the gradient's norm, scalar; 0 at the start.
+    scale: S as the parameters have it, x = x0 + scale Delta, scalar; the sum of
+      s, except with `delayed_scale`.
   """
 
   base_optimizer_state: optax.OptState
@@ -49,6 +54,7 @@ class MechanicState(NamedTuple):
   delta: optax.Params
   skipped: jax.Array
   grad_norm: jax.Array
+  scale: jax.Array
 
 
 class _Rule(NamedTuple):
@@ -96,6 +102,8 @@ def mechanize(
   store_delta: bool | None = None,
   variant: Literal["optax", "paper", "pytorch"] = "optax",
   spike_factor: jax.typing.ArrayLike | None = None,
+  x0_dtype: jax.typing.DTypeLike | None = None,
+  delayed_scale: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
   """Learns the scale of `base_optimizer`'s updates, that is its learning rate.
 
@@ -108,9 +116,10 @@ def mechanize(
     float32 gradients and parameters, and keeps its state in float32.
   - A gradient with a NaN or an Inf, or too large to be squared, is skipped: the
     parameters, the tuner and the base stay as they are, `skipped` counts it.
-  - The state shares no buffer with the parameters, so that both can be donated,
-    and no inner product flattens a leaf, so that sharded leaves are reduced
-    where they lie, on Auto and on Explicit meshes.
+  - The state shares no buffer with the parameters, so that both can be donated.
+    A step reads g, x and x0 for the inner products, all four in one pass and
+    with one all-reduce (see `inner_products`), and x0 again with what the base
+    reads; nothing else of the parameters' size is read or written.
 
   Give the base a schedule that peaks at 1.0. If the parameters are replaced
   between `init` and the first `update`, the replaced ones are the reference
@@ -139,15 +148,24 @@ def mechanize(
     spike_factor: a finite gradient whose norm is over this many times its
       running mean is skipped too; None or 0 is never. A norm that stays high
       is accepted after a few steps.
+    x0_dtype: of x0 where the parameters are float32 or wider, such as
+      "bfloat16" to hold half a copy in place of a whole one. The parameters are
+      rounded to it in the first update, once (bfloat16: by 0.4% at most), and
+      from there the sequence is that of a full x0.
+    delayed_scale: whether an update applies the scale learned from the
+      gradients before this one, x_{t+1} = x0 + S_t Delta_{t+1}. The inner
+      products then ride in the base's own pass, and no update waits for their
+      all-reduce. There is no telling a bad gradient beforehand: entries that
+      are NaN or too large to be squared count as 0, and the tuner skips the
+      step, which `skipped` counts; the base does not.
 
   Returns:
     A transformation whose state is a `MechanicState`. Its `update` wants
     `params` and hands extra arguments on to the base.
 
   Raises:
-    ValueError: an unknown variant, a number out of range, or
-      `store_delta=False` with the paper's rule; by `update`, if `params` is not
-      given.
+    ValueError: an unknown variant, a number out of range, or options that
+      exclude each other; by `update`, if `params` is not given.
 
   Example:
     >>> tx = mechanize(optax.adamw(1.0))
@@ -166,6 +184,19 @@ def mechanize(
     store_delta = rule.stores_delta
   if rule.stores_delta and not store_delta:
     raise ValueError("variant='paper' keeps Delta: leave store_delta out")
+  if store_delta and x0_dtype is not None:
+    raise ValueError("store_delta keeps no x0: leave x0_dtype out")
+  if isinstance(spike_factor, int | float) and spike_factor == 0:
+    spike_factor = None
+  if delayed_scale and spike_factor is not None:
+    raise ValueError(
+      "delayed_scale cannot tell a spike before it is applied: set "
+      "spike_factor=0"
+    )
+  if x0_dtype is not None and not _is_float(x0_dtype):
+    raise ValueError(
+      f"x0_dtype={x0_dtype!r} must be a type of floats, such as 'bfloat16'"
+    )
   if betas is None:
     betas = [1.0 - 0.1**i for i in range(1, num_betas + 1)]
   if s_decay is not None:
@@ -191,7 +222,7 @@ def mechanize(
   def init(params: optax.Params) -> MechanicState:
     dtype = _tuner_dtype(params)
     full = lambda value: jnp.full([len(betas)], value, dtype)
-    kept = lambda x: _kept(x, store_delta)
+    s = full(rule.s_start) * jnp.asarray(s_init, dtype)
     return MechanicState(
       base_optimizer_state=base_optimizer.init(
         jax.tree.map(lambda x: _wide(x, dtype), params)
@@ -200,20 +231,26 @@ def mechanize(
       r=full(0.0),
       m=full(rule.m_start),
       v=full(0.0),
-      s=full(rule.s_start) * jnp.asarray(s_init, dtype),
+      s=s,
       x0=_map(
-        lambda x: jnp.copy(x) if kept(x).x0 else optax.MaskedNode(), params
+        lambda x: (
+          jnp.array(x, x0_dtype if _is_wide(x) else x.dtype)
+          if not (store_delta and _is_wide(x))
+          else optax.MaskedNode()
+        ),
+        params,
       ),
       delta=_map(
         lambda x: (
           jnp.zeros_like(_wide(x, dtype))
-          if kept(x).delta
+          if store_delta or not _is_wide(x)
           else optax.MaskedNode()
         ),
         params,
       ),
       skipped=jnp.zeros([], jnp.int32),
       grad_norm=jnp.zeros([], dtype),
+      scale=jnp.sum(s),
     )
 
   def tune(state: MechanicState, h: jax.Array) -> MechanicState:
@@ -233,6 +270,8 @@ def mechanize(
     updates: optax.Updates,
     state: Any,
     params: optax.Params | None = None,
+    *,
+    shardings: Shardings | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, MechanicState]:
     if params is None:
@@ -240,18 +279,13 @@ def mechanize(
         "mechanize needs params: tx.update(grads, state, params)"
       )
     dtype = state.s.dtype
-    S = jnp.sum(state.s)
-    # What recovering Delta from x and x0 makes of it.
-    shrink = 1.0 if store_delta and variant != "optax" else S / (S + eps)
-    x0 = jax.lax.cond(
-      state.count == 0,
-      lambda: _map(
-        lambda x, x0: x0 if _absent(x0) else x.astype(x0.dtype),
-        params,
-        state.x0,
-      ),
-      lambda: state.x0,
-    )
+    first = state.count == 0
+    x0 = _reference_point(first, params, state.x0)
+    # x is x0 + S Delta; recovered from it, Delta is (x - x0) / reach, and so
+    # optax's rule has it shrink by S / reach every step.
+    S = state.scale
+    reach = S if store_delta and variant != "optax" else S + eps
+    shrink = 1.0 if reach is S else S / reach
 
     def exact_x(x, x0, delta):
       if _absent(x0) or _absent(delta):
@@ -259,93 +293,125 @@ def mechanize(
       return _wide(x0, dtype) + S * delta
 
     def last_delta(x, x0, delta):
-      if _absent(delta):
-        return (_wide(x, dtype) - _wide(x0, dtype)) / (S + eps)
-      return shrink * delta
+      if not _absent(delta):
+        return shrink * delta
+      moved = (_wide(x, dtype) - _wide(x0, dtype)) / reach
+      return moved if x.dtype == x0.dtype else jnp.where(first, 0.0, moved)
 
-    grads = _map(
+    g = _map(
       lambda x, g: _wide(jnp.zeros_like(x) if g is None else g, dtype),
       params,
       updates,
     )
     x = _map(exact_x, params, x0, state.delta)
     delta = _map(last_delta, params, x0, state.delta)
-    base_updates, base_optimizer_state = base_optimizer.update(
-      grads, state.base_optimizer_state, x, **extra_args
+    base_update = lambda g, base_state, x: base_optimizer.update(
+      g, base_state, x, **extra_args
     )
 
     # h = <Delta, g + decay x> by linearity: the decayed gradient is never
-    # formed, and all four sums read each leaf once.
-    decayed = _map(jnp.add, x, base_updates) if rule.decays_after_base else x
-    norm_g = jnp.sqrt(_vdot(grads, grads, dtype))
-    norm_x = jnp.sqrt(_vdot(decayed, decayed, dtype))
-    decay = weight_decay * S * norm_g / (norm_x + eps)
-    h = _vdot(grads, delta, dtype) + decay * _vdot(decayed, delta, dtype)
-
+    # formed.
+    decayed = x
+    if rule.decays_after_base:
+      u, _ = base_update(g, state.base_optimizer_state, x)
+      decayed = _map(jnp.add, x, u)
+    gg, xx, gd, xd = inner_products(g, decayed, delta, dtype, shardings)
+    norm_g = jnp.sqrt(gg)
+    h = gd + weight_decay * S * norm_g / (jnp.sqrt(xx) + eps) * xd
     tuned = tune(state, h)
-    new_S = jnp.sum(tuned.s)
 
     finite = jnp.isfinite(norm_g) & jnp.isfinite(h)
     usual = _usual_norm(state.grad_norm, spike_factor)
     ok = finite & (norm_g <= usual)
-    keep = lambda new, old: jnp.where(ok, new, old)
+    if delayed_scale:
+      new_S = jnp.where(first, s_init, jnp.sum(state.s)).astype(dtype)
+      hold = lambda new, old: new
+      u, base_state = base_update(
+        _map(_squarable, g), state.base_optimizer_state, x
+      )
+    else:
+      # Or XLA:CPU computes the scalars anew in each leaf's fusion (jax 0.12).
+      ok, new_S = jax.lax.optimization_barrier((ok, jnp.sum(tuned.s)))
+      hold = lambda new, old: jnp.where(ok, new, old)
+      u, base_state = guarded_update(
+        base_update, hold, g, state.base_optimizer_state, x
+      )
 
-    def new_update(x, x0, old_delta, u, g):
+    def next_delta(x, delta, u, g):
+      if _absent(delta) or g is None:
+        return delta
+      return hold(shrink * delta + u, delta)
+
+    new_delta = _map(next_delta, params, state.delta, u, updates)
+
+    def step(x, x0, new_delta, u, g):
       if g is None:
         return jnp.zeros_like(x)
       if _absent(x0):
-        step = new_S * (shrink * old_delta + u) - S * old_delta
-      elif _absent(old_delta):
+        # new_S Delta_{t+1} - S Delta_t without Delta_t, which is overwritten.
+        moved = (new_S - reach) * new_delta + reach * u
+      elif _absent(new_delta):
         # Written the other way round than in `last_delta`, so that XLA has
         # nothing to share between the two passes and so to write out.
-        new_delta = u - (_wide(x0, dtype) - _wide(x, dtype)) / (S + eps)
-        step = _wide(x0, dtype) + new_S * new_delta - _wide(x, dtype)
+        back = (_wide(x0, dtype) - _wide(x, dtype)) / reach
+        if x.dtype != x0.dtype:
+          back = jnp.where(first, 0.0, back)
+        moved = _wide(x0, dtype) + new_S * (u - back) - _wide(x, dtype)
       else:
-        new_x = _wide(x0, dtype) + new_S * (shrink * old_delta + u)
-        step = _wide(new_x.astype(x.dtype), dtype) - _wide(x, dtype)
-      return keep(step, 0.0).astype(x.dtype)
+        new_x = (_wide(x0, dtype) + new_S * new_delta).astype(x.dtype)
+        moved = _wide(new_x, dtype) - _wide(x, dtype)
+      return hold(moved, 0.0).astype(x.dtype)
 
-    def new_delta(x, old_delta, u, g):
-      if _absent(old_delta) or g is None:
-        return old_delta
-      return keep(shrink * old_delta + u, old_delta)
-
+    keep = lambda new, old: jnp.where(ok, new, old)
     return (
-      _map(new_update, params, x0, state.delta, base_updates, updates),
+      _map(step, params, x0, new_delta, u, updates),
       MechanicState(
-        base_optimizer_state=jax.tree.map(
-          keep, base_optimizer_state, state.base_optimizer_state
-        ),
-        count=keep(jnp.asarray(optax.safe_increment(state.count)), state.count),
+        base_optimizer_state=base_state,
+        count=hold(jnp.asarray(optax.safe_increment(state.count)), state.count),
         r=keep(tuned.r, state.r),
         m=keep(tuned.m, state.m),
         v=keep(tuned.v, state.v),
         s=keep(tuned.s, state.s),
         x0=x0,
-        delta=_map(new_delta, params, state.delta, base_updates, updates),
+        delta=new_delta,
         skipped=state.skipped + jnp.where(ok, 0, 1),
         grad_norm=jnp.where(
           finite,
           _mean_norm(state.grad_norm, jnp.minimum(norm_g, usual)),
           state.grad_norm,
         ),
+        scale=hold(new_S, S),
       ),
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Kept(NamedTuple):
-  """What the state keeps of a leaf."""
+def _reference_point(
+  first: jax.Array, params: optax.Params, x0: optax.Params
+) -> optax.Params:
+  """Returns x0, or at the first update the parameters.
 
-  x0: bool
-  delta: bool
+  Donated, x0 is not copied; a `where` would write it every step.
+  """
+  replaced = lambda: _map(
+    lambda x, x0: x0 if _absent(x0) else x.astype(x0.dtype), params, x0
+  )
+  x0 = jax.lax.cond(first, replaced, lambda: x0)
+  # Or XLA:TPU widens a low-precision x0 in the conditional and so writes it out
+  # in float32 (libtpu 0.0.51).
+  return jax.lax.optimization_barrier(x0)
 
 
-def _kept(x: jax.Array, store_delta: bool) -> _Kept:
-  if jnp.finfo(x.dtype).bits < 32:
-    return _Kept(x0=True, delta=True)
-  return _Kept(x0=not store_delta, delta=store_delta)
+def _is_float(dtype: jax.typing.DTypeLike) -> bool:
+  try:
+    return jnp.issubdtype(dtype, jnp.floating)
+  except TypeError:  # The name of no type.
+    return False
+
+
+def _is_wide(x: jax.Array) -> bool:
+  return jnp.finfo(x.dtype).bits >= 32
 
 
 def _absent(leaf: Any) -> bool:
@@ -366,9 +432,7 @@ def _usual_norm(
   mean: jax.Array, spike_factor: jax.typing.ArrayLike | None
 ) -> jax.Array:
   """Returns the norm over which a gradient is a spike."""
-  if spike_factor is None or (
-    isinstance(spike_factor, int | float) and spike_factor == 0
-  ):
+  if spike_factor is None:
     return jnp.full_like(mean, jnp.inf)
   return jnp.where(mean > 0, spike_factor * mean, jnp.inf)
 
@@ -388,14 +452,7 @@ def _wide(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, dtype))
 
 
-def _vdot(a: optax.Params, b: optax.Params, dtype: jnp.dtype) -> jax.Array:
-  """Returns Re <a, b> summed over all leaves, accumulated in `dtype`.
-
-  `optax.tree.vdot` ravels each leaf on jax 0.10 and newer (optax 0.2.8; fixed
-  in its repository), which gathers leaves that are sharded over two axes and
-  raises on Explicit meshes.
-  """
-  products = jax.tree.map(
-    lambda a, b: jnp.sum(jnp.real(a * jnp.conj(b))).astype(dtype), a, b
-  )
-  return jax.tree.reduce(operator.add, products, jnp.zeros([], dtype))
+def _squarable(g: jax.Array) -> jax.Array:
+  """Returns g with 0 for what is NaN or too large to be squared."""
+  limit = jnp.sqrt(jnp.finfo(g.dtype).max)
+  return jnp.where(jnp.abs(g) < limit, g, 0.0)

@@ -8,9 +8,11 @@ import optax
 from flax import nnx
 from flax.nnx import filterlib
 from flax.nnx import optimizer as optimizer_lib
+from jax.sharding import NamedSharding
 
 from flax_mechanic import evaluation, stack, transforms
 from flax_mechanic import step as step_lib
+from flax_mechanic.sharding import Shardings
 
 
 class Optimizer(nnx.Optimizer):
@@ -20,6 +22,7 @@ class Optimizer(nnx.Optimizer):
     step: uint32 scalar, updates so far.
     tx: the transformation.
     opt_state: its state, each leaf in an NNX variable.
+    shardings: of the parameters, as far as they are known when it is created.
 
   Example:
     >>> import jax.numpy as jnp
@@ -49,7 +52,9 @@ class Optimizer(nnx.Optimizer):
     """
     super().__init__(model, optax.identity(), wrt=wrt)
     self.tx = tx
-    self.opt_state = nnx.data(_init(tx, nnx.state(model, wrt)))
+    params = nnx.state(model, wrt)
+    self.opt_state = nnx.data(_init(tx, params))
+    self.shardings = nnx.static(_shardings(params))
 
   def update(
     self, model: nnx.Module, grads: Any, /, **extra_args: Any
@@ -70,7 +75,10 @@ class Optimizer(nnx.Optimizer):
       grads,
       nnx.as_pure(self.opt_state),
       params,
-      **transforms.accepted(self.tx, nnx.as_pure(extra_args)),
+      **transforms.accepted(
+        self.tx,
+        {**self.shardings.extra_args(), **nnx.as_pure(extra_args)},
+      ),
     )
     self._write(model, params, updates, opt_state)
     return updates
@@ -126,6 +134,7 @@ class Optimizer(nnx.Optimizer):
       nnx.as_pure(self.opt_state),
       nnx.as_pure(rest),
       args,
+      self.shardings,
     )
     nnx.update(model, rest)
     self._write(model, params, updates, opt_state)
@@ -203,6 +212,29 @@ def _init(tx: optax.GradientTransformation, params: nnx.State) -> Any:
 
   return jax.tree_util.tree_map_with_path(
     variable, tx.init(nnx.as_pure(params))
+  )
+
+
+def _shardings(params: nnx.State) -> Shardings:
+  """Returns the parameters' shardings; while tracing, those of annotations."""
+
+  def sharding(variable):
+    value = variable.get_value()
+    metadata = variable.get_metadata()
+    if not isinstance(value, jax.core.Tracer) or not metadata.get(
+      "out_sharding"
+    ):
+      return value
+    mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
+    spec = nnx.get_partition_spec(variable).get_value()
+    return value if mesh.empty else NamedSharding(mesh, spec)
+
+  return Shardings.of(
+    nnx.as_pure(
+      jax.tree.map(
+        sharding, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+      )
+    )
   )
 
 

@@ -9,6 +9,7 @@ import optax
 
 from flax_mechanic import stack, transforms
 from flax_mechanic.errors import UsageError
+from flax_mechanic.sharding import Shardings
 
 # (params, carried, *args) -> (loss, (aux, carried))
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
@@ -21,6 +22,7 @@ def step(
   opt_state: optax.OptState,
   carried: Any,
   args: tuple[Any, ...],
+  shardings: Shardings,
 ) -> tuple[tuple[jax.Array, Any], optax.Updates, optax.OptState, Any]:
   """Does one step on a pure loss function.
 
@@ -36,6 +38,7 @@ def step(
     args: the rest. For a method that wants a gradient per example, the leading
       axis of every array is the batch; scalars and random keys are shared, and
       each example folds its index into the keys.
+    shardings: of the parameters, as far as they are known.
 
   Returns:
     `(loss, aux)`, the updates, the new state of `tx`, the new `carried`. Per
@@ -54,7 +57,9 @@ def step(
   def grad_fn(params: optax.Params, _: int = 0) -> optax.Updates:
     return conjugate(evaluate(params, carried, *args)[1])
 
-  extra = transforms.accepted(tx, {"value": loss, "grad_fn": grad_fn})
+  extra = transforms.accepted(
+    tx, {"value": loss, "grad_fn": grad_fn, **shardings.extra_args()}
+  )
   updates, opt_state = tx.update(conjugate(grads), opt_state, params, **extra)
   return (loss, aux), updates, opt_state, new_carried
 

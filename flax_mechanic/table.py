@@ -26,7 +26,11 @@ register(
     "base": "adamw",
     "learning_rate": 1.0,
     **default_options(
-      mechanize, betas=tuple, store_delta=bool, spike_factor=100.0
+      mechanize,
+      betas=tuple,
+      store_delta=bool,
+      spike_factor=100.0,
+      x0_dtype=str,
     ),
   },
   tuned=False,

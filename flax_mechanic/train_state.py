@@ -7,14 +7,20 @@ from typing import Any, Self
 
 import jax.numpy as jnp
 import optax
+from flax import struct
 from flax.training import train_state
 
 from flax_mechanic import evaluation, transforms
 from flax_mechanic import step as step_lib
+from flax_mechanic.sharding import Shardings
 
 
 class TrainState(train_state.TrainState):
   """A flax `TrainState` that does a whole step of any registered method.
+
+  Attributes:
+    shardings: of the parameters, as far as they are known when it is created;
+      static.
 
   Example:
     >>> state = TrainState.create(
@@ -26,6 +32,8 @@ class TrainState(train_state.TrainState):
     >>> float(loss)
     4.0
   """
+
+  shardings: Shardings = struct.field(pytree_node=False, default=Shardings())
 
   @classmethod
   def create(
@@ -44,6 +52,7 @@ class TrainState(train_state.TrainState):
       tx: any optax transformation, as `make_optimizer` returns it.
       **fields: the fields that a subclass adds.
     """
+    fields.setdefault("shardings", Shardings.of(params))
     state = super().create(apply_fn=apply_fn, params=params, tx=tx, **fields)
     # An array from the start, so that the step compiles once.
     return state.replace(step=jnp.zeros([], jnp.int32))
@@ -60,7 +69,8 @@ class TrainState(train_state.TrainState):
     fields = {k: v for k, v in kwargs.items() if k in names}
     extra = {k: v for k, v in kwargs.items() if k not in names}
     update = functools.partial(
-      self.tx.update, **transforms.accepted(self.tx, extra)
+      self.tx.update,
+      **transforms.accepted(self.tx, {**self.shardings.extra_args(), **extra}),
     )
     bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
     state = super(TrainState, bound).apply_gradients(grads=grads, **fields)
@@ -96,7 +106,7 @@ class TrainState(train_state.TrainState):
       return loss, (aux, carried)
 
     (loss, aux), updates, opt_state, _ = step_lib.step(
-      self.tx, pure_loss, self.params, self.opt_state, (), args
+      self.tx, pure_loss, self.params, self.opt_state, (), args, self.shardings
     )
     state = self.replace(
       step=self.step + 1,

@@ -38,6 +38,8 @@ def test_every_option_is_the_method_s_own_default():
     "betas": None,
     "store_delta": None,
     "spike_factor": 100.0,
+    "x0_dtype": None,
+    "delayed_scale": False,
   }
   config.opt.adamw.mu_dtype = "bfloat16"
   state = flax_mechanic.make_optimizer(config).init(network.params())

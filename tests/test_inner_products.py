@@ -1,0 +1,107 @@
+"""The four inner products, against NumPy in float64, on every path."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_mechanic import inner_products as lib
+from flax_mechanic.sharding import Shardings
+
+# On a mesh of 4x2; with sizes below, at and above a row, and in between.
+SPECS = {
+  "both": ((64, 520), P("data", "model")),
+  "one": ((16, 4096), P("data", None)),
+  "other": ((6, 50), P(None, "model")),
+  "joint": ((8, 3, 5), P(("data", "model"))),
+  "whole": ((3, 7), P()),
+  "scalar": ((), P()),
+  "empty": ((0, 4), P()),
+}
+
+
+def trees(dtype=np.float32):
+  rng = np.random.default_rng(0)
+  draw = lambda shape: rng.normal(1.0, 1.0, shape).astype(dtype)
+  return [
+    {name: draw(shape) for name, (shape, _) in SPECS.items()} for _ in "gxd"
+  ]
+
+
+def expected(g, x, delta):
+  flat = lambda tree: np.concatenate(
+    [np.ravel(leaf) for leaf in jax.tree.leaves(tree)]
+  ).astype(np.complex128)
+  g, x, delta = flat(g), flat(x), flat(delta)
+  pairs = (g, g), (x, x), (g, delta), (x, delta)
+  return [np.vdot(b, a).real for a, b in pairs]
+
+
+def place(tree, mesh):
+  return {
+    name: jax.device_put(leaf, NamedSharding(mesh, SPECS[name][1]))
+    for name, leaf in tree.items()
+  }
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+def test_on_one_device(dtype):
+  g, x, delta = trees(dtype)
+  sums = jax.jit(lib.inner_products, static_argnums=3)(
+    g, x, delta, jnp.dtype("float32")
+  )
+  np.testing.assert_allclose(sums, expected(g, x, delta), rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("known", ["all", "some", "none"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh(axis_type, known, jit):
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+  placed = [place(tree, mesh) for tree in trees()]
+  if known == "some":
+    shardings = Shardings.of({"one": placed[1]["one"]})
+  else:
+    shardings = Shardings.of(placed[1]) if known == "all" else None
+  f = lambda *trees: lib.inner_products(*trees, jnp.dtype("float32"), shardings)
+  with jax.set_mesh(mesh):
+    sums = (jax.jit(f) if jit else f)(*placed)
+  np.testing.assert_allclose(sums, expected(*trees()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("f", [lib._sum_at_once, lib._sum_one_by_one])
+def test_both_ways_to_sum_weigh_the_leaves(f):
+  leaves = list(zip(*(tree.values() for tree in trees()), strict=True))[:-1]
+  weights = [0.5, 1.0, 2.0, 0.25, 1.0, 3.0]
+  wanted = sum(
+    w * np.array(expected(*leaf))
+    for leaf, w in zip(leaves, weights, strict=True)
+  )
+  sums = jax.jit(
+    functools.partial(f, weights=weights, dtype=jnp.dtype("float32"))
+  )(leaves)
+  np.testing.assert_allclose(sums, wanted, rtol=1e-5)
+
+
+def test_a_long_sum_is_accurate():
+  # A flat sum in float32 ends at 2^24.
+  n = 3 * 2**24
+  leaf = (jnp.ones(n),) * 3
+  sums = jax.jit(
+    functools.partial(
+      lib._sum_at_once, weights=[1.0], dtype=jnp.dtype("float32")
+    )
+  )([leaf])
+  np.testing.assert_allclose(sums, [n] * 4, rtol=1e-6)
+
+
+def test_float64_is_summed_in_float64():
+  with jax.enable_x64(True):
+    tree = {"a": jnp.full(5000, 1 / 3, jnp.float64), "b": jnp.ones(3)}
+    sums = lib.inner_products(tree, tree, tree, jnp.dtype("float64"))
+    np.testing.assert_allclose(sums, [5000 / 9 + 3] * 4, rtol=1e-14)
+    assert all(total.dtype == jnp.float64 for total in sums)

@@ -86,8 +86,10 @@ _RULES = {
   "paper": _Rule(0.0, 0.0, 0.0, False, True, False, True),
 }
 
-# How fast the running mean of the gradient's norm forgets.
+# How fast the running mean of the gradient's norm forgets, and how many times
+# over it a gradient is a spike if nothing is said.
 _NORM_DECAY = 0.9
+_SPIKE_FACTOR = 1000.0
 
 
 def mechanize(
@@ -115,7 +117,8 @@ def mechanize(
     that x = round(x0 + S Delta) loses nothing from step to step; the base sees
     float32 gradients and parameters, and keeps its state in float32.
   - A gradient with a NaN or an Inf, or too large to be squared, is skipped: the
-    parameters, the tuner and the base stay as they are, `skipped` counts it.
+    parameters, the tuner and the base stay as they are, `skipped` counts it. So
+    is a finite spike (see `spike_factor`).
   - The state shares no buffer with the parameters, so that both can be donated.
     A step reads g, x and x0 for the inner products, all four in one pass and
     with one all-reduce (see `inner_products`), and x0 again with what the base
@@ -146,8 +149,8 @@ def mechanize(
       m = 1e-6, does not clip, and decays with the parameters after the base's
       update; "paper" is Algorithm 1, with |h| in m as both have it.
     spike_factor: a finite gradient whose norm is over this many times its
-      running mean is skipped too; None or 0 is never. A norm that stays high
-      is accepted after a few steps.
+      running mean is skipped too; 0 is never, None is 1000, or never with
+      `delayed_scale`. A norm that stays high is accepted after a few steps.
     x0_dtype: of x0 where the parameters are float32 or wider, such as
       "bfloat16" to hold half a copy in place of a whole one. The parameters are
       rounded to it in the first update, once (bfloat16: by 0.4% at most), and
@@ -186,9 +189,10 @@ def mechanize(
     raise ValueError("variant='paper' keeps Delta: leave store_delta out")
   if store_delta and x0_dtype is not None:
     raise ValueError("store_delta keeps no x0: leave x0_dtype out")
-  if isinstance(spike_factor, int | float) and spike_factor == 0:
-    spike_factor = None
-  if delayed_scale and spike_factor is not None:
+  if spike_factor is None:
+    spike_factor = 0.0 if delayed_scale else _SPIKE_FACTOR
+  skips_spikes = not isinstance(spike_factor, int | float) or spike_factor > 0
+  if delayed_scale and skips_spikes:
     raise ValueError(
       "delayed_scale cannot tell a spike before it is applied: set "
       "spike_factor=0"
@@ -321,7 +325,10 @@ def mechanize(
     tuned = tune(state, h)
 
     finite = jnp.isfinite(norm_g) & jnp.isfinite(h)
-    usual = _usual_norm(state.grad_norm, spike_factor)
+    usual = jnp.asarray(jnp.inf, dtype)
+    if skips_spikes:
+      mean = state.grad_norm
+      usual = jnp.where(mean > 0, spike_factor * mean, jnp.inf)
     ok = finite & (norm_g <= usual)
     if delayed_scale:
       new_S = jnp.where(first, s_init, jnp.sum(state.s)).astype(dtype)
@@ -426,15 +433,6 @@ def _map(f: Callable[..., Any], params: optax.Params, *trees: Any) -> Any:
   leaves, treedef = jax.tree.flatten(params)
   others = [treedef.flatten_up_to(tree) for tree in trees]
   return treedef.unflatten(list(map(f, leaves, *others)))
-
-
-def _usual_norm(
-  mean: jax.Array, spike_factor: jax.typing.ArrayLike | None
-) -> jax.Array:
-  """Returns the norm over which a gradient is a spike."""
-  if spike_factor is None:
-    return jnp.full_like(mean, jnp.inf)
-  return jnp.where(mean > 0, spike_factor * mean, jnp.inf)
 
 
 def _mean_norm(mean: jax.Array, norm: jax.Array) -> jax.Array:

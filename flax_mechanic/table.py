@@ -10,13 +10,17 @@ from flax_mechanic.mechanic import MechanicState, mechanize
 from flax_mechanic.registry import default_options, register
 
 
-def _learned_scale(state):
+def _mechanic_scalars(state):
+  return {
+    "mechanic/scale": state.scale,
+    "mechanic/skipped": state.skipped,
+    "learning_rate": state.scale,
+  }
+
+
+def _optax_mechanic_scalars(state):
   scale = jnp.sum(state.s)
   return {"mechanic/scale": scale, "learning_rate": scale}
-
-
-def _mechanic_scalars(state):
-  return {"mechanic/skipped": state.skipped, **_learned_scale(state)}
 
 
 register(
@@ -29,7 +33,7 @@ register(
       mechanize,
       betas=tuple,
       store_delta=bool,
-      spike_factor=100.0,
+      spike_factor=float,
       x0_dtype=str,
     ),
   },
@@ -47,7 +51,7 @@ register(
   ),
   scalars={
     MechanicState: _mechanic_scalars,
-    contrib.MechanicState: _learned_scale,
+    contrib.MechanicState: _optax_mechanic_scalars,
   },
   summary="learns the learning rate of any tuned optimizer",
   advice="start here",

@@ -37,7 +37,7 @@ def test_every_option_is_the_method_s_own_default():
     "variant": "optax",
     "betas": None,
     "store_delta": None,
-    "spike_factor": 100.0,
+    "spike_factor": None,
     "x0_dtype": None,
     "delayed_scale": False,
   }

@@ -21,6 +21,7 @@ def odd_state():
       "swapped": (jnp.zeros(2), jnp.ones(2)),
       "twice": (jnp.zeros([]), jnp.ones([])),
       "widened": jnp.ones([], jnp.bfloat16),
+      "narrowed": jnp.ones([], jnp.float32),
       "key": jax.random.key(0),
     }
 
@@ -34,8 +35,11 @@ def odd_state():
       "swapped": state["swapped"][::-1],
       "twice": (double, double),
       "widened": state["widened"].astype(jnp.float32) * 3,
+      "narrowed": (3 * state["narrowed"]).astype(jnp.bfloat16),
       "key": jax.random.split(state["key"])[0],
     }
+    # Both of bfloat16.
+    count += (new["narrowed"] + jnp.bfloat16(1)).astype(jnp.float32)
     return jax.tree.map(lambda g: count * g, updates), new
 
   return optax.GradientTransformation(init, update)
@@ -70,8 +74,6 @@ def test_keeps_the_new_state_or_the_old_one(name, ok):
   params = network.params()
   grads = jax.grad(network.loss)(params, *network.batch(0))
   state = base.init(params)
-  for _ in range(2):
-    _, state = base.update(grads, state, params)
 
   @jax.jit
   def guarded(ok, grads, state, params):

@@ -26,7 +26,13 @@ SPECS = {
 
 def trees(dtype=np.float32):
   rng = np.random.default_rng(0)
-  draw = lambda shape: rng.normal(1.0, 1.0, shape).astype(dtype)
+
+  def draw(shape):
+    value = rng.normal(1.0, 1.0, shape)
+    if np.issubdtype(dtype, np.complexfloating):
+      value = value + 1j * rng.normal(1.0, 1.0, shape)
+    return value.astype(dtype)
+
   return [
     {name: draw(shape) for name, (shape, _) in SPECS.items()} for _ in "gxd"
   ]
@@ -71,6 +77,17 @@ def test_on_a_mesh(axis_type, known, jit):
   with jax.set_mesh(mesh):
     sums = (jax.jit(f) if jit else f)(*placed)
   np.testing.assert_allclose(sums, expected(*trees()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_trees_without_entries_sum_to_zero(axis_type):
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+  empty = {"empty": jax.device_put(jnp.ones((0, 4)), NamedSharding(mesh, P()))}
+  for tree in (empty, {}):
+    sums = lib.inner_products(
+      tree, tree, tree, jnp.dtype("float32"), Shardings.of(tree)
+    )
+    assert list(map(float, sums)) == [0.0] * 4
 
 
 @pytest.mark.parametrize("f", [lib._sum_at_once, lib._sum_one_by_one])

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic import MechanicState, mechanize
+from flax_mechanic import MechanicState, mechanize, scalars
 from tests import network
 
 BASES = {
@@ -161,6 +161,7 @@ def test_a_delayed_scale_equals_numpy(base, variant):
     )
     assert relative_error((x, state.s), (reference, tuner.s)) < 1e-8
     assert float(state.scale) != float(jnp.sum(state.s)) > 1e-4
+    assert scalars(state)["mechanic/scale"] == state.scale
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -383,7 +384,7 @@ def test_a_delayed_scale_leaves_out_bad_entries(value):
 
 @pytest.mark.parametrize("base", BASES)
 def test_a_finite_spike_costs_a_few_steps(base):
-  tx = mechanize(BASES[base](), spike_factor=100.0)
+  tx = mechanize(BASES[base]())
   spike = {150: lambda g: jax.tree.map(lambda leaf: 1e6 * leaf, g)}
   losses, states = run_with(tx, spike)
   good, good_states = run_with(tx, {})
@@ -394,8 +395,18 @@ def test_a_finite_spike_costs_a_few_steps(base):
   assert np.mean(losses[-20:]) < 1.1 * np.mean(good[-20:])
 
 
+def test_spikes_are_let_through_if_asked():
+  spike = {50: lambda g: jax.tree.map(lambda leaf: 1e6 * leaf, g)}
+  ours, states = run_with(
+    mechanize(optax.adamw(1.0), spike_factor=0), spike, 80
+  )
+  optaxs, _ = run_with(optax.contrib.mechanize(optax.adamw(1.0)), spike, 80)
+  np.testing.assert_allclose(ours, optaxs, rtol=1e-3)
+  assert states[-1][1].skipped == 0
+
+
 def test_larger_gradients_for_good_are_accepted_soon():
-  tx = mechanize(optax.adamw(1.0), spike_factor=100.0)
+  tx = mechanize(optax.adamw(1.0))
   larger = {
     t: lambda g: jax.tree.map(lambda leaf: 1e6 * leaf, g)
     for t in range(100, 200)
@@ -406,7 +417,7 @@ def test_larger_gradients_for_good_are_accepted_soon():
 
 def test_zero_gradients_are_harmless_at_any_step():
   zero = {t: lambda g: jax.tree.map(jnp.zeros_like, g) for t in (0, 1, 40)}
-  for options in ({}, {"spike_factor": 100.0}, {"variant": "paper"}):
+  for options in ({}, {"delayed_scale": True}, {"variant": "paper"}):
     tx = mechanize(optax.adamw(1.0), **options)
     losses, states = run_with(tx, zero)
     finite = jax.tree.map(lambda leaf: np.isfinite(leaf).all(), states[-1])

@@ -2,20 +2,23 @@
 
 The rooms, the lowest floor first; each imports from lower ones only:
 
-  errors        the exception that bad input raises
-  mechanic      `mechanize`: the algorithm, an optax transformation
-  registry      what a row of the table of optimizers says; `register`
-  schedule      learning rate schedules with peak 1.0
-  transforms    adapters around optax's transformations
-  evaluation    the parameters to evaluate, out of a state
-  table         the table: a row for each optimizer
-  stack         what wraps what, and the transformation that it builds
-  config        the ml_collections face: `make_optimizer`
-  metrics       what was learned, out of a state: `scalars`
-  step          one step of any method, on pure functions
-  optimizer     `Optimizer`, for NNX
-  train_state   `TrainState`, for Linen
-  checkpoint    `Checkpointer`, on Orbax
+  errors          the exception that bad input raises
+  sharding        where the leaves of a tree lie: `Shardings`
+  inner_products  Mechanic's sums: one pass, one all-reduce
+  guard           a base optimizer's update that can be held still
+  mechanic        `mechanize`: the algorithm, an optax transformation
+  registry        what a row of the table of optimizers says; `register`
+  schedule        learning rate schedules with peak 1.0
+  transforms      adapters around optax's transformations
+  evaluation      the parameters to evaluate, out of a state
+  table           the table: a row for each optimizer
+  stack           what wraps what, and the transformation that it builds
+  config          the ml_collections face: `make_optimizer`
+  metrics         what was learned, out of a state: `scalars`
+  step            one step of any method, on pure functions
+  optimizer       `Optimizer`, for NNX
+  train_state     `TrainState`, for Linen
+  checkpoint      `Checkpointer`, on Orbax
 """
 
 from flax_mechanic import table as _table  # noqa: F401  fills the registry
@@ -33,6 +36,7 @@ from flax_mechanic.registry import describe as describe
 from flax_mechanic.registry import methods as methods
 from flax_mechanic.registry import register as register
 from flax_mechanic.schedule import make_schedule as make_schedule
+from flax_mechanic.sharding import Shardings as Shardings
 from flax_mechanic.train_state import TrainState as TrainState
 
 __version__ = "0.1.0"

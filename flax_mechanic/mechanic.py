@@ -86,6 +86,9 @@ _RULES = {
   "paper": _Rule(0.0, 0.0, 0.0, False, True, False, True),
 }
 
+# What `x0_dtype` is for.
+_WIDE = (jnp.float32, jnp.float64)
+
 # How fast the running mean of the gradient's norm forgets, and how many times
 # over it a gradient is a spike if nothing is said.
 _NORM_DECAY = 0.9
@@ -151,20 +154,22 @@ def mechanize(
     spike_factor: a finite gradient whose norm is over this many times its
       running mean is skipped too; 0 is never, None is 1000, or never with
       `delayed_scale`. A norm that stays high is accepted after a few steps.
-    x0_dtype: of x0 where the parameters are float32 or wider, such as
+    x0_dtype: of x0 where the parameters are float32 or float64, such as
       "bfloat16" to hold half a copy in place of a whole one. The parameters are
-      rounded to it in the first update, once (bfloat16: by 0.4% at most), and
+      rounded to it in the first update, once (bfloat16: by 0.2% at most), and
       from there the sequence is that of a full x0.
     delayed_scale: whether an update applies the scale learned from the
       gradients before this one, x_{t+1} = x0 + S_t Delta_{t+1}. The inner
       products then ride in the base's own pass, and no update waits for their
       all-reduce. There is no telling a bad gradient beforehand: entries that
       are NaN or too large to be squared count as 0, and the tuner skips the
-      step, which `skipped` counts; the base does not.
+      step, which `skipped` counts; the base does not. XLA:GPU cannot write the
+      parameters in place in that pass: donated, they are copied once more.
 
   Returns:
     A transformation whose state is a `MechanicState`. Its `update` wants
-    `params` and hands extra arguments on to the base.
+    `params`, takes `shardings`, the `Shardings` of params on an Auto mesh, and
+    hands other arguments on to the base.
 
   Raises:
     ValueError: an unknown variant, a number out of range, or options that
@@ -238,7 +243,7 @@ def mechanize(
       s=s,
       x0=_map(
         lambda x: (
-          jnp.array(x, x0_dtype if _is_wide(x) else x.dtype)
+          jnp.array(x, x0_dtype if x.dtype in _WIDE else x.dtype)
           if not (store_delta and _is_wide(x))
           else optax.MaskedNode()
         ),

@@ -485,8 +485,9 @@ def test_options_that_make_no_sense_are_refused(options, message):
     mechanize(optax.sgd(0.1), **options)
 
 
-def test_complex_parameters():
-  tx = mechanize(optax.sgd(0.1))
+@pytest.mark.parametrize("x0_dtype", [None, "bfloat16"])
+def test_complex_parameters(x0_dtype):
+  tx = mechanize(optax.sgd(0.1), x0_dtype=x0_dtype)
   x = {"w": jnp.array([1.0 + 1.0j, -2.0j])}
   state = tx.init(x)
   for _ in range(100):

@@ -3,7 +3,7 @@
 The rooms, the lowest floor first; each imports from lower ones only:
 
   errors          the exception that bad input raises
-  sharding        where the leaves of a tree lie: `Shardings`
+  sharding        where leaves lie: `Shardings`, `state_sharding`
   inner_products  Mechanic's sums: one pass, one all-reduce
   guard           a base optimizer's update that can be held still
   mechanic        `mechanize`: the algorithm, an optax transformation
@@ -11,6 +11,7 @@ The rooms, the lowest floor first; each imports from lower ones only:
   schedule        learning rate schedules with peak 1.0
   transforms      adapters around optax's transformations
   evaluation      the parameters to evaluate, out of a state
+  mesh            optax's transformations on every mesh
   table           the table: a row for each optimizer
   stack           what wraps what, and the transformation that it builds
   config          the ml_collections face: `make_optimizer`
@@ -37,6 +38,7 @@ from flax_mechanic.registry import methods as methods
 from flax_mechanic.registry import register as register
 from flax_mechanic.schedule import make_schedule as make_schedule
 from flax_mechanic.sharding import Shardings as Shardings
+from flax_mechanic.sharding import state_sharding as state_sharding
 from flax_mechanic.train_state import TrainState as TrainState
 
 __version__ = "0.1.0"

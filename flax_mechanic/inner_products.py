@@ -64,7 +64,7 @@ def inner_products(
 
 def _by_placement(tree: Any, shardings: Shardings | None) -> Any:
   """Returns mesh -> leaf -> its spec, and the other leaves with an entry."""
-  known = dict(shardings.by_path) if shardings else {}
+  known = shardings.by_path if shardings else {}
   placed, rest = {}, []
   for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
     if leaf.size == 0:

@@ -1,6 +1,6 @@
 """The nnx.Optimizer integration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ class Optimizer(nnx.Optimizer):
     tx: the transformation.
     opt_state: its state, each leaf in an NNX variable.
     shardings: of the parameters, as far as they are known when it is created.
+    state_shardings: those that the state's leaves of their shapes have.
 
   Example:
     >>> import jax.numpy as jnp
@@ -42,6 +43,7 @@ class Optimizer(nnx.Optimizer):
     tx: optax.GradientTransformation,
     *,
     wrt: filterlib.Filter = nnx.Param,
+    shard_over: Sequence[str] = (),
   ):
     """Creates the state of `tx` for the parameters of `model`.
 
@@ -49,12 +51,18 @@ class Optimizer(nnx.Optimizer):
       model: the model whose parameters are optimized.
       tx: any optax transformation, as `make_optimizer` returns it.
       wrt: which of the model's variables are optimized.
+      shard_over: axes of the parameters' mesh, such as ["data"], over which the
+        state is split as well, while the parameters keep their own placement
+        (ZeRO-1).
     """
     super().__init__(model, optax.identity(), wrt=wrt)
     self.tx = tx
     params = nnx.state(model, wrt)
-    self.opt_state = nnx.data(_init(tx, params))
     self.shardings = nnx.static(_shardings(params))
+    self.state_shardings = nnx.static(self.shardings.split_over(shard_over))
+    self.opt_state = nnx.data(_init(tx, params, self.state_shardings))
+    self.step.set_value(self.shardings.place(self.step.get_value()))
+    nnx.update(model, self.shardings.place(nnx.as_pure(params)))
 
   def update(
     self, model: nnx.Module, grads: Any, /, **extra_args: Any
@@ -77,7 +85,7 @@ class Optimizer(nnx.Optimizer):
       params,
       **transforms.accepted(
         self.tx,
-        {**self.shardings.extra_args(), **nnx.as_pure(extra_args)},
+        {**self.state_shardings.extra_args(), **nnx.as_pure(extra_args)},
       ),
     )
     self._write(model, params, updates, opt_state)
@@ -134,7 +142,7 @@ class Optimizer(nnx.Optimizer):
       nnx.as_pure(self.opt_state),
       nnx.as_pure(rest),
       args,
-      self.shardings,
+      self.state_shardings,
     )
     nnx.update(model, rest)
     self._write(model, params, updates, opt_state)
@@ -168,7 +176,8 @@ class Optimizer(nnx.Optimizer):
     Args:
       model: the model whose parameters are optimized.
     """
-    opt_state = self.tx.init(nnx.as_pure(nnx.state(model, self.wrt)))
+    params = nnx.as_pure(nnx.state(model, self.wrt))
+    opt_state = self.state_shardings.init(self.tx, params)
     self._write_state(opt_state)
 
   def _write(
@@ -178,8 +187,9 @@ class Optimizer(nnx.Optimizer):
     updates: optax.Updates,
     opt_state: optax.OptState,
   ) -> None:
-    nnx.update(model, optax.apply_updates(params, updates))
-    self._write_state(opt_state)
+    params = optax.apply_updates(params, updates)
+    nnx.update(model, self.shardings.place(params))
+    self._write_state(self.state_shardings.place(opt_state))
     self.step[...] += 1
 
   def _write_state(self, opt_state: optax.OptState) -> None:
@@ -194,24 +204,32 @@ class Optimizer(nnx.Optimizer):
       variable.set_value(value)
 
 
-def _init(tx: optax.GradientTransformation, params: nnx.State) -> Any:
+def _init(
+  tx: optax.GradientTransformation, params: nnx.State, shardings: Shardings
+) -> Any:
   """Returns the state of `tx`, each leaf in a variable.
 
   A leaf shaped like a parameter has that parameter's metadata, its annotated
   sharding above all: that whose path the leaf's path ends with.
   """
   annotated = dict(nnx.to_flat_state(params))
+  placed = shardings.by_path
 
   def variable(path, value):
     names = tuple(_name(key) for key in path)
     for start in range(len(names)):
       parameter = annotated.get(names[start:])
       if parameter is not None and parameter.get_value().shape == value.shape:
-        return optimizer_lib.OptVariable(value, **_metadata(parameter))
+        metadata = _metadata(parameter)
+        # A variable moves its value to where it is annotated to lie.
+        split = placed.get("/".join(map(str, names[start:])))
+        if split is not None and "out_sharding" in metadata:
+          metadata["out_sharding"] = tuple(split.spec)
+        return optimizer_lib.OptVariable(value, **metadata)
     return optimizer_lib.OptArray(value)
 
   return jax.tree_util.tree_map_with_path(
-    variable, tx.init(nnx.as_pure(params))
+    variable, shardings.init(tx, nnx.as_pure(params))
   )
 
 
@@ -227,7 +245,13 @@ def _shardings(params: nnx.State) -> Shardings:
       return value
     mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
     spec = nnx.get_partition_spec(variable).get_value()
-    return value if mesh.empty else NamedSharding(mesh, spec)
+    return (
+      value
+      if mesh.empty
+      else jax.ShapeDtypeStruct(
+        value.shape, value.dtype, sharding=NamedSharding(mesh, spec)
+      )
+    )
 
   return Shardings.of(
     nnx.as_pure(

@@ -1,11 +1,22 @@
-"""Where the leaves of a tree lie on a mesh."""
+"""Where the leaves of a tree lie on a mesh, and those of a state over it."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Self
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
-from jax.sharding import NamedSharding
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+class PlacedLeaf(NamedTuple):
+  """A leaf, such as the one at "hidden/kernel", and where it lies."""
+
+  path: str
+  shape: tuple[int, ...]
+  sharding: NamedSharding
 
 
 @jax.tree_util.register_static
@@ -17,42 +28,202 @@ class Shardings:
   through conditionals.
 
   Attributes:
-    by_path: pairs of a path, such as "hidden/kernel", and its sharding; a leaf
-      of which nothing is known is left out.
+    leaves: those whose sharding is known, all on one mesh or none.
   """
 
-  by_path: tuple[tuple[str, NamedSharding], ...] = ()
+  leaves: tuple[PlacedLeaf, ...] = ()
 
   @classmethod
   def of(cls, tree: Any) -> Self:
-    """Returns the shardings of concrete arrays on meshes of several devices.
+    """Returns what is known of arrays, or of their shapes and shardings.
 
     Args:
-      tree: arrays; tracers are left out, and so are arrays on one device. A
-        `NamedSharding` in a leaf's place is taken as it is.
+      tree: of `jax.Array` or `jax.ShapeDtypeStruct`. What is not on a mesh of
+        several devices is left out, and so are tracers, unless the mesh is
+        Explicit: their types say it.
 
     Example:
-      >>> from jax.sharding import PartitionSpec
       >>> mesh = jax.make_mesh((2,), ("data",))
-      >>> halves = NamedSharding(mesh, PartitionSpec("data"))
+      >>> halves = NamedSharding(mesh, P("data"))
       >>> w = jax.device_put(jax.numpy.ones(2), halves)
-      >>> [path for path, _ in Shardings.of({"w": w, "b": 0.0}).by_path]
+      >>> [leaf.path for leaf in Shardings.of({"w": w, "b": 0.0}).leaves]
       ['w']
     """
-    found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-      sharding = leaf if isinstance(leaf, NamedSharding) else None
-      if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-        sharding = leaf.sharding
-      if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-        found.append((leaf_path(path), sharding))
-    return cls(tuple(found))
+    found = [
+      PlacedLeaf(leaf_path(path), leaf.shape, _normal(sharding, leaf.ndim))
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      if (sharding := _sharding_of(leaf)) and sharding.mesh.size > 1
+    ]
+    meshes = {leaf.sharding.mesh for leaf in found}
+    return cls(tuple(found) if len(meshes) == 1 else ())
+
+  @property
+  def by_path(self) -> Mapping[str, NamedSharding]:
+    """Path -> sharding."""
+    return {leaf.path: leaf.sharding for leaf in self.leaves}
+
+  def on(self, mesh: Any) -> Self:
+    """Returns the same over a mesh whose axes have the same names."""
+    return type(self)(
+      tuple(
+        leaf._replace(sharding=NamedSharding(mesh, leaf.sharding.spec))
+        for leaf in self.leaves
+      )
+    )
+
+  def split_over(self, axes: Sequence[str]) -> Self:
+    """Returns the shardings with each leaf split over `axes` as well.
+
+    That is ZeRO-1's placement of a state. A leaf is split along its first
+    dimension that the axes' sizes divide; one without stays as it is.
+
+    Args:
+      axes: of the mesh, such as "data"; one that it does not have, or that
+        splits a leaf already, is left out.
+    """
+    return type(self)(tuple(_split_over(leaf, axes) for leaf in self.leaves))
+
+  def of_state(self, state: Any) -> Any:
+    """Returns the shardings of an optimizer's state over these parameters.
+
+    A leaf lies where the parameter lies whose path is part of its own and whose
+    shape it has; others are replicated over the mesh.
+
+    Args:
+      state: arrays or their shapes, as `tx.init(params)` returns them.
+
+    Returns:
+      A tree like `state` of `NamedSharding`s; of None if nothing is known.
+    """
+    known = {tuple(leaf.path.split("/")): leaf for leaf in self.leaves}
+
+    def sharding(path, value):
+      names = leaf_path(path).split("/")
+      for length in range(len(names), 0, -1):
+        for start in range(len(names) - length + 1):
+          leaf = known.get(tuple(names[start : start + length]))
+          if leaf is not None and leaf.shape == value.shape:
+            return leaf.sharding
+      if not known:
+        return None
+      whole = NamedSharding(self.leaves[0].sharding.mesh, P())
+      return _normal(whole, len(value.shape))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+  def place(self, tree: Any) -> Any:
+    """Returns a tree, such as the parameters or a state, where it belongs."""
+    return jax.tree.map(_place, tree, self.of_state(tree))
+
+  def init(
+    self, tx: optax.GradientTransformation, params: optax.Params
+  ) -> optax.OptState:
+    """Returns `tx.init(params)`, every leaf created where it belongs."""
+    leaves = jax.tree.leaves(params)
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if traced or len(self.leaves) < len(leaves):
+      return self.place(tx.init(params))
+    shardings = self.of_state(jax.eval_shape(tx.init, params))
+    return jax.jit(tx.init, out_shardings=shardings)(params)
 
   def extra_args(self) -> Mapping[str, Any]:
     """Returns the extra arguments of an update that hand them on."""
-    return {"shardings": self} if self.by_path else {}
+    return {"shardings": self} if self.leaves else {}
+
+
+def state_sharding(
+  tx: optax.GradientTransformation,
+  params: optax.Params,
+  *,
+  shard_over: Sequence[str] = (),
+) -> Any:
+  """Returns where each leaf of an optimizer's state lies; allocates nothing.
+
+  A leaf shaped like a parameter lies where that parameter lies; vectors over
+  betas, scalars, keys and factored leaves are replicated over the mesh.
+
+  Args:
+    tx: any optax transformation.
+    params: arrays on a mesh, or `jax.ShapeDtypeStruct`s with their shardings.
+    shard_over: axes of the mesh, such as ["data"], over which the leaves that
+      are shaped like parameters are split as well (ZeRO-1).
+
+  Returns:
+    A tree like `tx.init(params)` of `NamedSharding`s; of None if the parameters
+    are on no mesh of several devices.
+
+  Example:
+    >>> mesh = jax.make_mesh((2,), ("data",))
+    >>> w = jax.ShapeDtypeStruct(
+    ...   (4, 3), "float32", sharding=NamedSharding(mesh, P(None, None))
+    ... )
+    >>> shardings = state_sharding(
+    ...   optax.sgd(0.1, momentum=0.9), {"w": w}, shard_over=["data"]
+    ... )
+    >>> shardings[0].trace["w"].spec
+    P('data', None)
+  """
+  shardings = Shardings.of(params).split_over(shard_over)
+  return shardings.of_state(jax.eval_shape(tx.init, params))
 
 
 def leaf_path(path: Any) -> str:
   """Returns a leaf's path as text, such as "blocks/0/bias"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _sharding_of(leaf: Any) -> NamedSharding | None:
+  if isinstance(leaf, jax.core.Tracer):
+    typed = jax.typeof(leaf).sharding
+    return typed if AxisType.Explicit in typed.mesh.axis_types else None
+  sharding = getattr(leaf, "sharding", None)
+  return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _split_over(leaf: PlacedLeaf, axes: Sequence[str]) -> PlacedLeaf:
+  mesh, spec = leaf.sharding.mesh, tuple(leaf.sharding.spec)
+  dims = [_names(entry) for entry in spec]
+  dims += [()] * (len(leaf.shape) - len(dims))
+  taken = {name for names in dims for name in names}
+  more = tuple(a for a in axes if a in mesh.shape and a not in taken)
+  for i, (size, names) in enumerate(zip(leaf.shape, dims, strict=True)):
+    parts = math.prod(mesh.shape[name] for name in names + more)
+    if more and size and size % parts == 0:
+      dims[i] = names + more
+      entries = [
+        names[0] if len(names) == 1 else names or None for names in dims
+      ]
+      split = NamedSharding(mesh, P(*entries))
+      return leaf._replace(sharding=_normal(split, len(dims)))
+  return leaf
+
+
+def _normal(sharding: NamedSharding, ndim: int) -> NamedSharding:
+  """Returns the sharding in the words of a compiled function's results.
+
+  Said otherwise, it would compile the step once more for the second call.
+  """
+  entries = list(sharding.spec)
+  if AxisType.Explicit in sharding.mesh.axis_types:
+    entries += [None] * (ndim - len(entries))
+  else:
+    while entries and entries[-1] is None:
+      entries.pop()
+  return NamedSharding(sharding.mesh, P(*entries))
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  """Returns the axes that an entry of a spec names."""
+  if entry is None:
+    return ()
+  return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _place(leaf: Any, sharding: NamedSharding | None) -> Any:
+  if sharding is None:
+    return leaf
+  if not isinstance(leaf, jax.core.Tracer):
+    return jax.device_put(leaf, sharding)
+  if AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types:
+    return jax.sharding.reshard(leaf, sharding.spec)
+  return jax.lax.with_sharding_constraint(leaf, sharding)

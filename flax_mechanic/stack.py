@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_mechanic import registry, transforms
+from flax_mechanic import mesh, registry, transforms
 from flax_mechanic.errors import UsageError, did_you_mean
 from flax_mechanic.registry import Method
 
@@ -165,6 +165,7 @@ def build(
       tx = transforms.accumulate(tx, accumulate_steps)
   if freeze:
     tx = transforms.freeze(tx, freeze)
+  tx = mesh.on_any_mesh(tx)
   for row in reversed([row for row in outer if row.wraps]):
     tx = _build_row(row, tx, learning_rate, **arguments[row.name])
     if freeze:

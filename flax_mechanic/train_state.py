@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ class TrainState(train_state.TrainState):
   Attributes:
     shardings: of the parameters, as far as they are known when it is created;
       static.
+    state_shardings: those that the state's leaves of their shapes have; static.
 
   Example:
     >>> state = TrainState.create(
@@ -34,6 +35,9 @@ class TrainState(train_state.TrainState):
   """
 
   shardings: Shardings = struct.field(pytree_node=False, default=Shardings())
+  state_shardings: Shardings = struct.field(
+    pytree_node=False, default=Shardings()
+  )
 
   @classmethod
   def create(
@@ -42,6 +46,7 @@ class TrainState(train_state.TrainState):
     apply_fn: Callable[..., Any] | None,
     params: Any,
     tx: optax.GradientTransformation,
+    shard_over: Sequence[str] = (),
     **fields: Any,
   ) -> Self:
     """Creates a state at step 0.
@@ -50,12 +55,27 @@ class TrainState(train_state.TrainState):
       apply_fn: usually `model.apply`.
       params: the parameters.
       tx: any optax transformation, as `make_optimizer` returns it.
-      **fields: the fields that a subclass adds.
+      shard_over: axes of the parameters' mesh, such as ["data"], over which the
+        state is split as well, while the parameters keep their own placement
+        (ZeRO-1).
+      **fields: the fields that a subclass adds, and `shardings`, those of the
+        parameters where they are traced and so do not say.
     """
-    fields.setdefault("shardings", Shardings.of(params))
-    state = super().create(apply_fn=apply_fn, params=params, tx=tx, **fields)
+    shardings = fields.setdefault("shardings", Shardings.of(params))
+    state_shardings = shardings.split_over(shard_over)
+    placing = optax.GradientTransformation(
+      functools.partial(state_shardings.init, tx), tx.update
+    )
+    state = super().create(
+      apply_fn=apply_fn,
+      params=shardings.place(params),
+      tx=placing,
+      state_shardings=state_shardings,
+      **fields,
+    )
     # An array from the start, so that the step compiles once.
-    return state.replace(step=jnp.zeros([], jnp.int32))
+    step = shardings.place(jnp.zeros([], jnp.int32))
+    return state.replace(step=step, tx=tx)
 
   def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
     """Returns the state after an update.
@@ -70,11 +90,13 @@ class TrainState(train_state.TrainState):
     extra = {k: v for k, v in kwargs.items() if k not in names}
     update = functools.partial(
       self.tx.update,
-      **transforms.accepted(self.tx, {**self.shardings.extra_args(), **extra}),
+      **transforms.accepted(
+        self.tx, {**self.state_shardings.extra_args(), **extra}
+      ),
     )
     bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
     state = super(TrainState, bound).apply_gradients(grads=grads, **fields)
-    return state.replace(tx=self.tx)
+    return state._placed(tx=self.tx)
 
   def minimize(
     self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False
@@ -106,9 +128,15 @@ class TrainState(train_state.TrainState):
       return loss, (aux, carried)
 
     (loss, aux), updates, opt_state, _ = step_lib.step(
-      self.tx, pure_loss, self.params, self.opt_state, (), args, self.shardings
+      self.tx,
+      pure_loss,
+      self.params,
+      self.opt_state,
+      (),
+      args,
+      self.state_shardings,
     )
-    state = self.replace(
+    state = self._placed(
       step=self.step + 1,
       params=optax.apply_updates(self.params, updates),
       opt_state=opt_state,
@@ -126,4 +154,14 @@ class TrainState(train_state.TrainState):
     (prodigy, dog, dowg, cocob, schedule_free) measure from the parameters that
     they were created with. Mechanic takes those of its first update by itself.
     """
-    return self.replace(opt_state=self.tx.init(self.params))
+    return self.replace(
+      opt_state=self.state_shardings.init(self.tx, self.params)
+    )
+
+  def _placed(self, **fields: Any) -> Self:
+    """Replaces fields, and keeps parameters and state where they belong."""
+    state = self.replace(**fields)
+    return state.replace(
+      params=self.shardings.place(state.params),
+      opt_state=self.state_shardings.place(state.opt_state),
+    )

@@ -439,6 +439,8 @@ def test_subprocess_ctrl_c(tmp_path):
     stderr=subprocess.PIPE,
     text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    # A shell's background jobs ignore it, and so would what they start.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   while not (tmp_path / "here").exists() and process.poll() is None:
     time.sleep(0.05)

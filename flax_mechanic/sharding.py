@@ -119,12 +119,15 @@ class Shardings:
     self, tx: optax.GradientTransformation, params: optax.Params
   ) -> optax.OptState:
     """Returns `tx.init(params)`, every leaf created where it belongs."""
+    here = Shardings.of(params).leaves
     leaves = jax.tree.leaves(params)
     traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if traced or len(self.leaves) < len(leaves):
+    if traced or not len(here) == len(self.leaves) == len(leaves) > 0:
       return self.place(tx.init(params))
-    shardings = self.of_state(jax.eval_shape(tx.init, params))
-    return jax.jit(tx.init, out_shardings=shardings)(params)
+    # What was known from a trace names no devices; the parameters do.
+    shardings = self.on(here[0].sharding.mesh)
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(tx.init, out_shardings=shardings.of_state(state))(params)
 
   def extra_args(self) -> Mapping[str, Any]:
     """Returns the extra arguments of an update that hand them on."""
@@ -222,8 +225,13 @@ def _names(entry: Any) -> tuple[str, ...]:
 def _place(leaf: Any, sharding: NamedSharding | None) -> Any:
   if sharding is None:
     return leaf
+  typed = jax.typeof(leaf).sharding
   if not isinstance(leaf, jax.core.Tracer):
+    if isinstance(sharding.mesh, jax.sharding.AbstractMesh):
+      if not isinstance(leaf.sharding, NamedSharding):
+        return leaf
+      sharding = NamedSharding(leaf.sharding.mesh, sharding.spec)
     return jax.device_put(leaf, sharding)
-  if AxisType.Explicit in jax.typeof(leaf).sharding.mesh.axis_types:
-    return jax.sharding.reshard(leaf, sharding.spec)
+  if AxisType.Explicit in typed.mesh.axis_types:
+    return jax.sharding.reshard(leaf, NamedSharding(typed.mesh, sharding.spec))
   return jax.lax.with_sharding_constraint(leaf, sharding)

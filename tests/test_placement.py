@@ -195,6 +195,13 @@ def test_nnx_annotated_or_not_eager_or_jitted(
     check_state(nnx.as_pure(optimizer.opt_state), params, specs)
     own = {"kernel": SPECS["hidden"]["kernel"], "head": SPECS["head"]}
     check_state(params, params, own)
+  # Outside of the mesh's context, compiled and not.
+  step(model, optimizer)
+  grads = jax.tree.map(lambda x: 0.1 * x, nnx.state(model, nnx.Param))
+  optimizer.update(model, grads)
+  optimizer.reanchor(model)
+  params = nnx.as_pure(nnx.state(model, nnx.Param))
+  check_state(nnx.as_pure(optimizer.opt_state), params, specs)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from flax_mechanic import evaluation, stack, transforms
 from flax_mechanic import step as step_lib
-from flax_mechanic.sharding import Shardings
+from flax_mechanic.sharding import Shardings, is_traced
 
 
 class Optimizer(nnx.Optimizer):
@@ -62,7 +62,9 @@ class Optimizer(nnx.Optimizer):
     self.state_shardings = nnx.static(self.shardings.split_over(shard_over))
     self.opt_state = nnx.data(_init(tx, params, self.state_shardings))
     self.step.set_value(self.shardings.place(self.step.get_value()))
-    nnx.update(model, self.shardings.place(nnx.as_pure(params)))
+    if not is_traced(nnx.as_pure(params)):
+      # In the words of the step's results, or it would compile twice.
+      nnx.update(model, self.shardings.place(nnx.as_pure(params)))
 
   def update(
     self, model: nnx.Module, grads: Any, /, **extra_args: Any
@@ -188,7 +190,7 @@ class Optimizer(nnx.Optimizer):
     opt_state: optax.OptState,
   ) -> None:
     params = optax.apply_updates(params, updates)
-    nnx.update(model, self.shardings.place(params))
+    nnx.update(model, self.shardings.keep(params))
     self._write_state(self.state_shardings.place(opt_state))
     self.step[...] += 1
 

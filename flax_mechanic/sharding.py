@@ -112,17 +112,23 @@ class Shardings:
     return jax.tree_util.tree_map_with_path(sharding, state)
 
   def place(self, tree: Any) -> Any:
-    """Returns a tree, such as the parameters or a state, where it belongs."""
+    """Returns a state, or concrete parameters, where it belongs."""
     return jax.tree.map(_place, tree, self.of_state(tree))
+
+  def keep(self, params: optax.Params) -> optax.Params:
+    """Returns the parameters where they lay, as far as that is known."""
+    known = self.by_path
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: _place(leaf, known.get(leaf_path(path))), params
+    )
 
   def init(
     self, tx: optax.GradientTransformation, params: optax.Params
   ) -> optax.OptState:
     """Returns `tx.init(params)`, every leaf created where it belongs."""
     here = Shardings.of(params).leaves
-    leaves = jax.tree.leaves(params)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-    if traced or not len(here) == len(self.leaves) == len(leaves) > 0:
+    count = len(jax.tree.leaves(params))
+    if is_traced(params) or not len(here) == len(self.leaves) == count > 0:
       return self.place(tx.init(params))
     # What was known from a trace names no devices; the parameters do.
     shardings = self.on(here[0].sharding.mesh)
@@ -173,6 +179,13 @@ def state_sharding(
 def leaf_path(path: Any) -> str:
   """Returns a leaf's path as text, such as "blocks/0/bias"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_traced(tree: Any) -> bool:
+  """Whether a leaf of the tree is being traced."""
+  return any(
+    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)
+  )
 
 
 def _sharding_of(leaf: Any) -> NamedSharding | None:

@@ -12,7 +12,7 @@ from flax.training import train_state
 
 from flax_mechanic import evaluation, transforms
 from flax_mechanic import step as step_lib
-from flax_mechanic.sharding import Shardings
+from flax_mechanic.sharding import Shardings, is_traced
 
 
 class TrainState(train_state.TrainState):
@@ -68,7 +68,7 @@ class TrainState(train_state.TrainState):
     )
     state = super().create(
       apply_fn=apply_fn,
-      params=shardings.place(params),
+      params=params if is_traced(params) else shardings.place(params),
       tx=placing,
       state_shardings=state_shardings,
       **fields,
@@ -162,6 +162,6 @@ class TrainState(train_state.TrainState):
     """Replaces fields, and keeps parameters and state where they belong."""
     state = self.replace(**fields)
     return state.replace(
-      params=self.shardings.place(state.params),
+      params=self.shardings.keep(state.params),
       opt_state=self.state_shardings.place(state.opt_state),
     )

@@ -204,6 +204,30 @@ def test_nnx_annotated_or_not_eager_or_jitted(
   check_state(nnx.as_pure(optimizer.opt_state), params, specs)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_model_that_is_annotated_in_part_compiles_once(axis_type):
+  class Partly(nnx.Module):
+    def __init__(self):
+      self.kernel = nnx.Param(jnp.ones((8, 4)), out_sharding=(None, "model"))
+      self.bias = nnx.Param(jnp.ones(4))
+
+  with jax.set_mesh(make_mesh(axis_type)):
+    model = Partly()
+    optimizer = Optimizer(model, make_tx("mechanic"))
+    graphdef, state = nnx.split((model, optimizer))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+      model, optimizer = nnx.merge(graphdef, state)
+      grads = jax.tree.map(lambda x: 0.1 * x, nnx.state(model, nnx.Param))
+      optimizer.update(model, grads)
+      return nnx.state((model, optimizer))
+
+    for _ in range(3):
+      state = step(state)
+  assert step._cache_size() == 1
+
+
 @pytest.mark.parametrize(
   ("shape", "spec", "axes", "wanted"),
   [

@@ -434,13 +434,13 @@ def test_subprocess_ctrl_c(tmp_path):
     f"  pathlib.Path({str(tmp_path / 'here')!r}).touch()\n"
     "  time.sleep(60)\n"
   )
+  # A shell's background jobs ignore it, and so would what they start.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   process = subprocess.Popen(
     _command(f"--config={tmp_path / 'slow.py'}", f"--workdir={tmp_path}"),
     stderr=subprocess.PIPE,
     text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    # A shell's background jobs ignore it, and so would what they start.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   while not (tmp_path / "here").exists() and process.poll() is None:
     time.sleep(0.05)

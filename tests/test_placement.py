@@ -223,7 +223,7 @@ def test_nnx_annotated_or_not_eager_or_jitted(
 def test_a_model_that_is_annotated_in_part_compiles_once(axis_type):
   class Partly(nnx.Module):
     def __init__(self):
-      self.kernel = nnx.Param(jnp.ones((8, 4)), out_sharding=(None, "model"))
+      self.kernel = nnx.Param(jnp.ones((8, 4)), out_sharding=("model", None))
       self.bias = nnx.Param(jnp.ones(4))
 
   with jax.set_mesh(make_mesh(axis_type)):

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_mechanic.errors import UsageError
+from flax_mechanic.sharding import leaf_path
 
 # Fields that say how long or how often, and so change no shape.
 _LENGTHS = re.compile(
@@ -228,7 +229,7 @@ def _like(target: Any, arrays: Any) -> Any:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...] | None]:
   """Returns path -> shape; None for random keys, which Orbax saves as words."""
   return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): (
+    leaf_path(path): (
       None if _is_key(leaf) else tuple(getattr(leaf, "shape", ()))
     )
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -38,10 +38,6 @@ def inner_products(
   `shardings` has to say it. Other leaves are left to the partitioner, which
   makes an all-reduce for each kind of placement.
 
-  `optax.tree.vdot` ravels each leaf on jax 0.10 and newer (optax 0.2.8; fixed
-  in its repository), which gathers leaves that are sharded over two axes and
-  raises on Explicit meshes.
-
   Args:
     g: a tree of arrays, float32 or wider, or complex.
     x: likewise.

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from flax_mechanic import evaluation, stack, transforms
 from flax_mechanic import step as step_lib
-from flax_mechanic.sharding import Shardings, is_traced
+from flax_mechanic.sharding import Shardings, is_traced, parameter_of
 
 
 class Optimizer(nnx.Optimizer):
@@ -212,26 +212,27 @@ def _init(
   """Returns the state of `tx`, each leaf in a variable.
 
   A leaf shaped like a parameter has that parameter's metadata, its annotated
-  sharding above all: that whose path the leaf's path ends with.
+  sharding above all.
   """
-  annotated = dict(nnx.to_flat_state(params))
-  placed = shardings.by_path
+  known = {leaf.path: leaf for leaf in shardings.leaves}
+  variables = {
+    "/".join(map(str, path)): variable
+    for path, variable in nnx.to_flat_state(params)
+  }
 
-  def variable(path, value):
-    names = tuple(_name(key) for key in path)
-    for start in range(len(names)):
-      parameter = annotated.get(names[start:])
-      if parameter is not None and parameter.get_value().shape == value.shape:
-        metadata = _metadata(parameter)
-        # A variable moves its value to where it is annotated to lie.
-        split = placed.get("/".join(map(str, names[start:])))
-        if split is not None and "out_sharding" in metadata:
-          metadata["out_sharding"] = tuple(split.spec)
-        return optimizer_lib.OptVariable(value, **metadata)
-    return optimizer_lib.OptArray(value)
+  def in_variable(path, value):
+    parameter = parameter_of(path, value.shape, variables)
+    if parameter is None:
+      return optimizer_lib.OptArray(value)
+    metadata = _metadata(parameter)
+    placed = parameter_of(path, value.shape, known)
+    # A variable moves its value to where it is annotated to lie.
+    if placed is not None and "out_sharding" in metadata:
+      metadata["out_sharding"] = tuple(placed.sharding.spec)
+    return optimizer_lib.OptVariable(value, **metadata)
 
   return jax.tree_util.tree_map_with_path(
-    variable, shardings.init(tx, nnx.as_pure(params))
+    in_variable, shardings.init(tx, nnx.as_pure(params))
   )
 
 
@@ -269,10 +270,3 @@ def _metadata(parameter: nnx.Variable) -> dict[str, Any]:
   if "optimizer_sharding" in metadata:
     metadata["out_sharding"] = metadata.pop("optimizer_sharding")
   return metadata
-
-
-def _name(key: Any) -> Any:
-  for attribute in ("key", "idx", "name"):
-    if hasattr(key, attribute):
-      return getattr(key, attribute)
-  return key

@@ -95,15 +95,12 @@ class Shardings:
     Returns:
       A tree like `state` of `NamedSharding`s; of None if nothing is known.
     """
-    known = {tuple(leaf.path.split("/")): leaf for leaf in self.leaves}
+    known = {leaf.path: leaf for leaf in self.leaves}
 
     def sharding(path, value):
-      names = leaf_path(path).split("/")
-      for length in range(len(names), 0, -1):
-        for start in range(len(names) - length + 1):
-          leaf = known.get(tuple(names[start : start + length]))
-          if leaf is not None and leaf.shape == value.shape:
-            return leaf.sharding
+      leaf = parameter_of(path, value.shape, known)
+      if leaf is not None:
+        return leaf.sharding
       if not known:
         return None
       whole = NamedSharding(self.leaves[0].sharding.mesh, P())
@@ -179,6 +176,27 @@ def state_sharding(
 def leaf_path(path: Any) -> str:
   """Returns a leaf's path as text, such as "blocks/0/bias"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def parameter_of(
+  path: Any, shape: tuple[int, ...], parameters: Mapping[str, Any]
+) -> Any:
+  """Returns the parameter that a leaf of an optimizer's state belongs to.
+
+  That is the one of its shape with the longest path in the leaf's own, or None.
+
+  Args:
+    path: of the leaf of the state.
+    shape: of that leaf.
+    parameters: path -> what stands for a parameter; it has a shape.
+  """
+  names = leaf_path(path).split("/")
+  for length in range(len(names), 0, -1):
+    for start in range(len(names) - length + 1):
+      found = parameters.get("/".join(names[start : start + length]))
+      if found is not None and found.shape == shape:
+        return found
+  return None
 
 
 def is_traced(tree: Any) -> bool:

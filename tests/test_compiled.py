@@ -94,7 +94,7 @@ def test_parameters_made_under_jit_are_known_by_their_annotations():
 def test_bytes_on_v5e(name, shapes, base):
   chip = facts.v5e()
   if chip is None:
-    pytest.skip("pip install libtpu")
+    pytest.skip("no compiler for TPUs here: pip install libtpu")
   update = facts.UPDATES[name]
   found = facts.compile_update(
     update.make(facts.BASES[base](1.0)), shapes, chip, facts.NO_PREFETCH

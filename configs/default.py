@@ -38,6 +38,22 @@ def get_config() -> ml_collections.ConfigDict:
   # What its parameters are kept in.
   config.param_dtype = "float32"
 
+  # The devices of all processes, as a mesh: sizes, at most one of them -1 for
+  # the devices that the others leave.
+  config.mesh = ml_collections.ConfigDict()
+  # The batch is split over these; parameters are whole on each.
+  config.mesh.data = -1
+  # The batch is split over these too, and so are the parameters (FSDP).
+  config.mesh.fsdp = 1
+  # Parameters and activations are split over these (tensor parallelism).
+  config.mesh.tensor = 1
+  # auto or explicit: whether arrays carry their sharding in their types.
+  config.mesh.axis_type = "auto"
+  # Split the optimizer's state over data and fsdp as well (ZeRO-1).
+  config.shard_optimizer_state = False
+  # Keep the optimizer's state in pinned host memory.
+  config.offload_optimizer_state = False
+
   # config.optimizer, config.opt.<name>.<option>, config.grad_clip and
   # config.accumulate_steps.
   flax_mechanic.add_optimizer_config(config)

@@ -30,6 +30,44 @@ _SIZES = {
       "context_length": 128,
     },
   },
+  "1b": {
+    "num_steps": 20_000,
+    "batch_size": 256,
+    "schedule": {"warmup_steps": 500},
+    "learning_rate": 3e-4,
+    "eval_every": 1000,
+    "checkpoint_every": 1000,
+    "dtype": "bfloat16",
+    "mesh": {"data": 1, "fsdp": -1},
+    "model": {
+      "num_layers": 24,
+      "num_heads": 16,
+      "embed_dim": 2048,
+      "mlp_dim": 6144,
+      "context_length": 2048,
+      "scan_layers": True,
+      "remat": True,
+    },
+  },
+  "8b": {
+    "num_steps": 50_000,
+    "batch_size": 256,
+    "schedule": {"warmup_steps": 1000},
+    "learning_rate": 2e-4,
+    "eval_every": 1000,
+    "checkpoint_every": 1000,
+    "dtype": "bfloat16",
+    "mesh": {"data": 1, "fsdp": -1},
+    "model": {
+      "num_layers": 32,
+      "num_heads": 32,
+      "embed_dim": 4096,
+      "mlp_dim": 14_336,
+      "context_length": 2048,
+      "scan_layers": True,
+      "remat": True,
+    },
+  },
   "tiny": {
     "num_steps": 50,
     "batch_size": 8,
@@ -79,6 +117,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.model.mlp = "swiglu"
   # Of what each block adds, the fraction dropped in training.
   config.model.dropout = 0.0
+  # Stack the layers' parameters, one array for all, and loop over them: that
+  # compiles in the time of one layer. What an optimizer does a layer at a time
+  # (lars, lamb, muon) it then does to the stack.
+  config.model.scan_layers = False
+  # Recompute each block in the backward pass rather than keep what it computed.
+  config.model.remat = False
 
   # Bytes of the sample shown at the end of the run.
   config.sample_length = 256

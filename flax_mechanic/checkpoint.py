@@ -8,17 +8,20 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_mechanic.errors import UsageError
 from flax_mechanic.sharding import leaf_path
 
-# Fields that say how long or how often, and so change no shape.
-_LENGTHS = re.compile(
+# Fields that change no shape: how long, how often, and where the state lies.
+_SHAPELESS = re.compile(
   r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"
+  r"|^mesh\.|_optimizer_state$"
 )
 
 
@@ -71,8 +74,15 @@ class Checkpointer:
     )
 
   def latest(self) -> int | None:
-    """Returns the newest step saved, or None."""
-    return self._manager.latest_step()
+    """Returns the newest step saved, or None.
+
+    Of several processes all have to ask; they get what the first one sees.
+    """
+    latest = self._manager.latest_step()
+    found = multihost_utils.broadcast_one_to_all(
+      np.int32(-1 if latest is None else latest)
+    )
+    return int(found) if found >= 0 else None
 
   def save(
     self,
@@ -189,7 +199,7 @@ class Checkpointer:
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     # The broadest fields first: what a whole group hangs on decides the shapes.
     fields = sorted(changed, key=lambda field: field.count("."))
-    telling = [field for field in fields if not _LENGTHS.search(field)]
+    telling = [field for field in fields if not _SHAPELESS.search(field)]
     options = "; ".join(
       f"config.{field} was {changed[field][0]!r} and is {changed[field][1]!r}"
       for field in telling[:3]

@@ -12,7 +12,13 @@ from jax.sharding import NamedSharding
 
 from flax_mechanic import evaluation, stack, transforms
 from flax_mechanic import step as step_lib
-from flax_mechanic.sharding import Shardings, is_traced, parameter_of
+from flax_mechanic.sharding import (
+  Shardings,
+  is_traced,
+  on_device,
+  parameter_of,
+  state_shardings,
+)
 
 
 class Optimizer(nnx.Optimizer):
@@ -44,6 +50,8 @@ class Optimizer(nnx.Optimizer):
     *,
     wrt: filterlib.Filter = nnx.Param,
     shard_over: Sequence[str] = (),
+    offload: bool = False,
+    shardings: Shardings | None = None,
   ):
     """Creates the state of `tx` for the parameters of `model`.
 
@@ -54,12 +62,18 @@ class Optimizer(nnx.Optimizer):
       shard_over: axes of the parameters' mesh, such as ["data"], over which the
         state is split as well, while the parameters keep their own placement
         (ZeRO-1).
+      offload: whether the state's leaves shaped like parameters are kept in
+        pinned host memory. An update brings them to the devices and back.
+      shardings: of the parameters. To be given where they are traced on an Auto
+        mesh and not annotated, and so do not say.
     """
     super().__init__(model, optax.identity(), wrt=wrt)
     self.tx = tx
     params = nnx.state(model, wrt)
-    self.shardings = nnx.static(_shardings(params))
-    self.state_shardings = nnx.static(self.shardings.split_over(shard_over))
+    self.shardings = nnx.static(shardings or _shardings(params))
+    self.state_shardings = nnx.static(
+      state_shardings(self.shardings, shard_over, offload)
+    )
     self.opt_state = nnx.data(_init(tx, params, self.state_shardings))
     self.step.set_value(self.shardings.place(self.step.get_value()))
     if not is_traced(nnx.as_pure(params)):
@@ -83,7 +97,7 @@ class Optimizer(nnx.Optimizer):
     grads = nnx.as_pure(nnx.state(grads, self.wrt))
     updates, opt_state = self.tx.update(
       grads,
-      nnx.as_pure(self.opt_state),
+      self._state(),
       params,
       **transforms.accepted(
         self.tx,
@@ -141,7 +155,7 @@ class Optimizer(nnx.Optimizer):
       self.tx,
       pure_loss,
       params,
-      nnx.as_pure(self.opt_state),
+      self._state(),
       nnx.as_pure(rest),
       args,
       self.state_shardings,
@@ -161,7 +175,7 @@ class Optimizer(nnx.Optimizer):
       average, DoG's averaged iterates), or `model` itself.
     """
     params = nnx.as_pure(nnx.state(model, self.wrt))
-    evaluated = evaluation.eval_params(nnx.as_pure(self.opt_state), params)
+    evaluated = evaluation.eval_params(self._state(), params)
     if evaluated is params:
       return model
     model = nnx.clone(model)
@@ -181,6 +195,9 @@ class Optimizer(nnx.Optimizer):
     params = nnx.as_pure(nnx.state(model, self.wrt))
     opt_state = self.state_shardings.init(self.tx, params)
     self._write_state(opt_state)
+
+  def _state(self) -> optax.OptState:
+    return on_device(nnx.as_pure(self.opt_state))
 
   def _write(
     self,
@@ -214,7 +231,7 @@ def _init(
   A leaf shaped like a parameter has that parameter's metadata, its annotated
   sharding above all.
   """
-  known = {leaf.path: leaf for leaf in shardings.leaves}
+  known = {leaf.path: leaf for leaf in shardings.leaves if leaf.sharding}
   variables = {
     "/".join(map(str, path)): variable
     for path, variable in nnx.to_flat_state(params)
@@ -242,9 +259,8 @@ def _shardings(params: nnx.State) -> Shardings:
   def sharding(variable):
     value = variable.get_value()
     metadata = variable.get_metadata()
-    if not isinstance(value, jax.core.Tracer) or not metadata.get(
-      "out_sharding"
-    ):
+    annotated = metadata.get("out_sharding") is not None
+    if not isinstance(value, jax.core.Tracer) or not annotated:
       return value
     mesh = metadata.get("mesh") or jax.sharding.get_abstract_mesh()
     spec = nnx.get_partition_spec(variable).get_value()

@@ -2,73 +2,87 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+# jax's name of the memory kind.
+_HOST = "pinned_host"
+
 
 class PlacedLeaf(NamedTuple):
-  """A leaf, such as the one at "hidden/kernel", and where it lies."""
+  """A leaf, such as the one at "hidden/kernel", and where it lies if known."""
 
   path: str
   shape: tuple[int, ...]
-  sharding: NamedSharding
+  sharding: NamedSharding | None
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-  """The shardings of a tree's leaves by their paths; hashable.
+  """The leaves of a tree and, as far as known, their shardings; hashable.
 
   As a pytree it has no leaves, so that it passes through optax's wrappers and
   through conditionals.
 
   Attributes:
-    leaves: those whose sharding is known, all on one mesh or none.
+    leaves: those of the tree; all that are known to lie on a mesh of several
+      devices lie on the same one.
+    offload: whether a state over them is kept in pinned host memory, as far as
+      its leaves are shaped like them.
   """
 
   leaves: tuple[PlacedLeaf, ...] = ()
+  offload: bool = False
 
   @classmethod
   def of(cls, tree: Any) -> Self:
     """Returns what is known of arrays, or of their shapes and shardings.
 
     Args:
-      tree: of `jax.Array` or `jax.ShapeDtypeStruct`. What is not on a mesh of
-        several devices is left out, and so are tracers, unless the mesh is
-        Explicit: their types say it.
+      tree: of `jax.Array` or `jax.ShapeDtypeStruct`. Of what is not on a mesh
+        of several devices the sharding is left out, and so is that of tracers,
+        unless the mesh is Explicit: their types say it.
 
     Example:
       >>> mesh = jax.make_mesh((2,), ("data",))
       >>> halves = NamedSharding(mesh, P("data"))
       >>> w = jax.device_put(jax.numpy.ones(2), halves)
-      >>> [leaf.path for leaf in Shardings.of({"w": w, "b": 0.0}).leaves]
+      >>> list(Shardings.of({"w": w, "b": jax.numpy.ones(2)}).by_path)
       ['w']
     """
-    found = [
-      PlacedLeaf(leaf_path(path), leaf.shape, _normal(sharding, leaf.ndim))
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-      if (sharding := _sharding_of(leaf)) and sharding.mesh.size > 1
-    ]
-    meshes = {leaf.sharding.mesh for leaf in found}
-    return cls(tuple(found) if len(meshes) == 1 else ())
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      sharding = _sharding_of(leaf)
+      if sharding and sharding.mesh.size == 1:
+        sharding = None
+      if sharding:
+        sharding = _normal(sharding, leaf.ndim)
+      found.append(PlacedLeaf(leaf_path(path), jnp.shape(leaf), sharding))
+    if len({leaf.sharding.mesh for leaf in found if leaf.sharding}) > 1:
+      found = [leaf._replace(sharding=None) for leaf in found]
+    return cls(tuple(found))
 
   @property
   def by_path(self) -> Mapping[str, NamedSharding]:
-    """Path -> sharding."""
-    return {leaf.path: leaf.sharding for leaf in self.leaves}
+    """Path -> sharding, of the leaves whose sharding is known."""
+    return {leaf.path: leaf.sharding for leaf in self.leaves if leaf.sharding}
+
+  @property
+  def mesh(self) -> Any:
+    """The mesh that leaves are known to lie on, or None."""
+    return next((each.mesh for each in self.by_path.values()), None)
 
   def on(self, mesh: Any) -> Self:
     """Returns the same over a mesh whose axes have the same names."""
-    return type(self)(
-      tuple(
-        leaf._replace(sharding=NamedSharding(mesh, leaf.sharding.spec))
-        for leaf in self.leaves
-      )
+    return self._map(
+      lambda leaf: NamedSharding(mesh, leaf.sharding.spec)  # pyrefly: ignore
     )
 
   def split_over(self, axes: Sequence[str]) -> Self:
@@ -81,7 +95,9 @@ class Shardings:
       axes: of the mesh, such as "data"; one that it does not have, or that
         splits a leaf already, is left out.
     """
-    return type(self)(tuple(_split_over(leaf, axes) for leaf in self.leaves))
+    return self._map(
+      lambda leaf: _split_over(leaf.sharding, leaf.shape, axes)  # pyrefly: ignore
+    )
 
   def of_state(self, state: Any) -> Any:
     """Returns the shardings of an optimizer's state over these parameters.
@@ -93,24 +109,29 @@ class Shardings:
       state: arrays or their shapes, as `tx.init(params)` returns them.
 
     Returns:
-      A tree like `state` of `NamedSharding`s; of None if nothing is known.
+      A tree like `state` of `NamedSharding`s; of None where nothing is known.
     """
-    known = {leaf.path: leaf for leaf in self.leaves}
 
-    def sharding(path, value):
-      leaf = parameter_of(path, value.shape, known)
-      if leaf is not None:
-        return leaf.sharding
-      if not known:
-        return None
-      whole = NamedSharding(self.leaves[0].sharding.mesh, P())
-      return _normal(whole, len(value.shape))
+    def sharding(value, lies, offloaded):
+      del value
+      return lies.with_memory_kind(_HOST) if lies and offloaded else lies
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    return self._map_state(sharding, state)
+
+  def offloaded(self, state: Any) -> Any:
+    """Returns a tree like a state of bools: what is kept in host memory."""
+    return self._map_state(lambda value, lies, offloaded: offloaded, state)
 
   def place(self, tree: Any) -> Any:
     """Returns a state, or concrete parameters, where it belongs."""
-    return jax.tree.map(_place, tree, self.of_state(tree))
+
+    def place(value, lies, offloaded):
+      value = _place(value, lies)
+      if not offloaded or _is_on_host(value):
+        return value
+      return jax.device_put(value, jax.memory.Space.Host)
+
+    return self._map_state(place, tree)
 
   def keep(self, params: optax.Params) -> optax.Params:
     """Returns the parameters where they lay, as far as that is known."""
@@ -123,18 +144,42 @@ class Shardings:
     self, tx: optax.GradientTransformation, params: optax.Params
   ) -> optax.OptState:
     """Returns `tx.init(params)`, every leaf created where it belongs."""
-    here = Shardings.of(params).leaves
-    count = len(jax.tree.leaves(params))
-    if is_traced(params) or not len(here) == len(self.leaves) == count > 0:
+    here = Shardings.of(params)
+    known = len(here.by_path) == len(self.by_path) == len(self.leaves) > 0
+    if is_traced(params) or not known:
       return self.place(tx.init(params))
     # What was known from a trace names no devices; the parameters do.
-    shardings = self.on(here[0].sharding.mesh)
-    state = jax.eval_shape(tx.init, params)
-    return jax.jit(tx.init, out_shardings=shardings.of_state(state))(params)
+    shardings = self.on(here.mesh).of_state(jax.eval_shape(tx.init, params))
+    return jax.jit(tx.init, out_shardings=shardings)(params)
 
   def extra_args(self) -> Mapping[str, Any]:
     """Returns the extra arguments of an update that hand them on."""
-    return {"shardings": self} if self.leaves else {}
+    return {"shardings": self} if self.by_path else {}
+
+  def _map(self, new: Callable[[PlacedLeaf], NamedSharding]) -> Self:
+    """Returns the same with new shardings, where there are any."""
+    return dataclasses.replace(
+      self,
+      leaves=tuple(
+        leaf._replace(sharding=new(leaf)) if leaf.sharding else leaf
+        for leaf in self.leaves
+      ),
+    )
+
+  def _map_state(
+    self, f: Callable[[Any, NamedSharding | None, bool], Any], state: Any
+  ) -> Any:
+    """Maps `f(leaf, where it lies, whether on the host)` over a state."""
+    parameters = {leaf.path: leaf for leaf in self.leaves}
+    whole = self.mesh and NamedSharding(self.mesh, P())
+
+    def of_leaf(path, value):
+      leaf = parameter_of(path, value.shape, parameters)
+      if leaf is not None:
+        return f(value, leaf.sharding, self.offload)
+      return f(value, whole and _normal(whole, len(value.shape)), False)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state)
 
 
 def state_sharding(
@@ -142,6 +187,7 @@ def state_sharding(
   params: optax.Params,
   *,
   shard_over: Sequence[str] = (),
+  offload: bool = False,
 ) -> Any:
   """Returns where each leaf of an optimizer's state lies; allocates nothing.
 
@@ -153,6 +199,7 @@ def state_sharding(
     params: arrays on a mesh, or `jax.ShapeDtypeStruct`s with their shardings.
     shard_over: axes of the mesh, such as ["data"], over which the leaves that
       are shaped like parameters are split as well (ZeRO-1).
+    offload: whether those leaves are kept in pinned host memory.
 
   Returns:
     A tree like `tx.init(params)` of `NamedSharding`s; of None if the parameters
@@ -169,8 +216,27 @@ def state_sharding(
     >>> shardings[0].trace["w"].spec
     P('data', None)
   """
-  shardings = Shardings.of(params).split_over(shard_over)
+  shardings = state_shardings(Shardings.of(params), shard_over, offload)
   return shardings.of_state(jax.eval_shape(tx.init, params))
+
+
+def state_shardings(
+  shardings: Shardings, shard_over: Sequence[str], offload: bool
+) -> Shardings:
+  """Returns those of a state's leaves that are shaped like parameters."""
+  return dataclasses.replace(shardings.split_over(shard_over), offload=offload)
+
+
+def on_device(tree: Any) -> Any:
+  """Returns a tree with what lies in host memory brought to the devices."""
+  return jax.tree.map(
+    lambda leaf: (
+      jax.device_put(leaf, jax.memory.Space.Device)
+      if _is_on_host(leaf)
+      else leaf
+    ),
+    tree,
+  )
 
 
 def leaf_path(path: Any) -> str:
@@ -214,22 +280,23 @@ def _sharding_of(leaf: Any) -> NamedSharding | None:
   return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def _split_over(leaf: PlacedLeaf, axes: Sequence[str]) -> PlacedLeaf:
-  mesh, spec = leaf.sharding.mesh, tuple(leaf.sharding.spec)
-  dims = [_names(entry) for entry in spec]
-  dims += [()] * (len(leaf.shape) - len(dims))
+def _split_over(
+  sharding: NamedSharding, shape: tuple[int, ...], axes: Sequence[str]
+) -> NamedSharding:
+  mesh = sharding.mesh
+  dims = [_names(entry) for entry in sharding.spec]
+  dims += [()] * (len(shape) - len(dims))
   taken = {name for names in dims for name in names}
   more = tuple(a for a in axes if a in mesh.shape and a not in taken)
-  for i, (size, names) in enumerate(zip(leaf.shape, dims, strict=True)):
+  for i, (size, names) in enumerate(zip(shape, dims, strict=True)):
     parts = math.prod(mesh.shape[name] for name in names + more)
     if more and size and size % parts == 0:
       dims[i] = names + more
       entries = [
         names[0] if len(names) == 1 else names or None for names in dims
       ]
-      split = NamedSharding(mesh, P(*entries))
-      return leaf._replace(sharding=_normal(split, len(dims)))
-  return leaf
+      return _normal(NamedSharding(mesh, P(*entries)), len(dims))
+  return sharding
 
 
 def _normal(sharding: NamedSharding, ndim: int) -> NamedSharding:
@@ -244,6 +311,13 @@ def _normal(sharding: NamedSharding, ndim: int) -> NamedSharding:
     while entries and entries[-1] is None:
       entries.pop()
   return NamedSharding(sharding.mesh, P(*entries))
+
+
+def _is_on_host(leaf: Any) -> bool:
+  return (
+    isinstance(leaf, jax.Array)
+    and jax.typeof(leaf).memory_space == jax.memory.Space.Host
+  )
 
 
 def _names(entry: Any) -> tuple[str, ...]:

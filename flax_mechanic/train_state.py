@@ -12,7 +12,12 @@ from flax.training import train_state
 
 from flax_mechanic import evaluation, transforms
 from flax_mechanic import step as step_lib
-from flax_mechanic.sharding import Shardings, is_traced
+from flax_mechanic.sharding import (
+  Shardings,
+  is_traced,
+  on_device,
+  state_shardings,
+)
 
 
 class TrainState(train_state.TrainState):
@@ -47,6 +52,7 @@ class TrainState(train_state.TrainState):
     params: Any,
     tx: optax.GradientTransformation,
     shard_over: Sequence[str] = (),
+    offload: bool = False,
     **fields: Any,
   ) -> Self:
     """Creates a state at step 0.
@@ -58,19 +64,21 @@ class TrainState(train_state.TrainState):
       shard_over: axes of the parameters' mesh, such as ["data"], over which the
         state is split as well, while the parameters keep their own placement
         (ZeRO-1).
+      offload: whether the state's leaves shaped like parameters are kept in
+        pinned host memory. An update brings them to the devices and back.
       **fields: the fields that a subclass adds, and `shardings`, those of the
         parameters where they are traced and so do not say.
     """
     shardings = fields.setdefault("shardings", Shardings.of(params))
-    state_shardings = shardings.split_over(shard_over)
+    of_state = state_shardings(shardings, shard_over, offload)
     placing = optax.GradientTransformation(
-      functools.partial(state_shardings.init, tx), tx.update
+      functools.partial(of_state.init, tx), tx.update
     )
     state = super().create(
       apply_fn=apply_fn,
       params=params if is_traced(params) else shardings.place(params),
       tx=placing,
-      state_shardings=state_shardings,
+      state_shardings=of_state,
       **fields,
     )
     # An array from the start, so that the step compiles once.
@@ -94,7 +102,10 @@ class TrainState(train_state.TrainState):
         self.tx, {**self.state_shardings.extra_args(), **extra}
       ),
     )
-    bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+    bound = self.replace(
+      opt_state=on_device(self.opt_state),
+      tx=optax.GradientTransformation(self.tx.init, update),
+    )
     state = super(TrainState, bound).apply_gradients(grads=grads, **fields)
     return state._placed(tx=self.tx)
 
@@ -131,7 +142,7 @@ class TrainState(train_state.TrainState):
       self.tx,
       pure_loss,
       self.params,
-      self.opt_state,
+      on_device(self.opt_state),
       (),
       args,
       self.state_shardings,
@@ -145,7 +156,7 @@ class TrainState(train_state.TrainState):
 
   def eval_params(self) -> Any:
     """Returns the parameters that the method evaluates and exports."""
-    return evaluation.eval_params(self.opt_state, self.params)
+    return evaluation.eval_params(on_device(self.opt_state), self.params)
 
   def reanchor(self) -> Self:
     """Returns the state with the method started afresh from its parameters.

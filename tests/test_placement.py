@@ -1,6 +1,7 @@
 """The state's placement: by contract for every method, on every mesh."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,13 @@ SPLIT = {
 # One method of each way to keep a state; all the others are slow.
 QUICK = ["mechanic", "adamw", "prodigy", "adafactor", "sam", "dpsgd"]
 NAMES = [
-  name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+  name
+  if name in ("mechanic", "prodigy")
+  else pytest.param(name, marks=pytest.mark.slow)
   for name in optimizers.NAMES
 ]
+# They keep nothing that is shaped like a parameter.
+STATELESS = ["dpsgd"]
 
 
 # jit's own count of its cache also counts entries that compile nothing (keys
@@ -102,14 +107,16 @@ def check_state(state, params, specs):
       ),
       P(),
     )
-    expected = NamedSharding(devices, spec)
+    expected = NamedSharding(
+      devices, spec, memory_kind=leaf.sharding.memory_kind
+    )
     assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), text
 
 
 @pytest.mark.parametrize("shard_over", [(), ("data",)])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_leaf_stays_where_it_belongs(name, axis_type, shard_over):
+def test_train_state_stays_where_it_belongs(name, axis_type, shard_over):
   tx, devices = make_tx(name), make_mesh(axis_type)
   specs = SPLIT if shard_over else SPECS
   typed = axis_type == AxisType.Explicit
@@ -124,13 +131,6 @@ def test_every_leaf_stays_where_it_belongs(name, axis_type, shard_over):
       apply_fn=None, params=params, tx=tx, shard_over=shard_over
     )
     check_state(state.opt_state, params, specs)
-    promised = flax_mechanic.state_sharding(tx, params, shard_over=shard_over)
-    equivalent = jax.tree.map(
-      lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim),
-      state.opt_state,
-      promised,
-    )
-    assert all(jax.tree.leaves(equivalent))
     losses, compiled = [], []
     for batch in [network.batch(i) for i in range(3)]:
       before = compilations()
@@ -140,90 +140,195 @@ def test_every_leaf_stays_where_it_belongs(name, axis_type, shard_over):
     assert compiled == [1, 0, 0]
     check_state(state.opt_state, state.params, specs)
     check_state(state.params, state.params, SPECS)
-
-  one = TrainState.create(apply_fn=None, params=network.params(), tx=tx)
-  for i in range(3):
-    one, value = jax.jit(lambda s, *b: s.minimize(loss, *b))(
-      one, *network.batch(i)
-    )
-    assert losses[i] == pytest.approx(float(value), rel=1e-5)
+  assert losses == pytest.approx(losses_of_one_device(name), rel=1e-5)
 
 
 class Model(nnx.Module):
-  def __init__(self, annotated):
+  """`network`'s parameters on a mesh, which annotations say or not."""
+
+  def __init__(self, place, annotated):
     params = network.params()
-    specs = {"kernel": SPECS["hidden"]["kernel"], "head": SPECS["head"]}
-    for name, value in (
-      ("kernel", params["hidden"]["kernel"]),
-      ("head", params["head"]),
-    ):
-      metadata = {"out_sharding": tuple(specs[name])} if annotated else {}
-      setattr(self, name, nnx.Param(value, **metadata))
+    self.hidden = nnx.Dict(
+      {
+        name: self._make(params["hidden"][name], spec, place, annotated)
+        for name, spec in SPECS["hidden"].items()
+      }
+    )
+    self.head = self._make(params["head"], SPECS["head"], place, annotated)
+
+  def _make(self, value, spec, place, annotated):
+    if annotated:
+      return nnx.Param(value, out_sharding=tuple(spec))
+    return nnx.Param(place(value, spec))
 
 
-@pytest.mark.parametrize("shard_over", [(), ("data",)])
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("annotated", [False, True])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_nnx_annotated_or_not_eager_or_jitted(
-  axis_type, annotated, jitted, shard_over
+def cases():
+  """Yields every combination; the fast ones are some of each kind."""
+  for (
+    name,
+    axis_type,
+    annotated,
+    jitted,
+    shard_over,
+    offload,
+  ) in itertools.product(
+    optimizers.NAMES,
+    [AxisType.Auto, AxisType.Explicit],
+    [True, False],
+    [True, False],
+    [(), ("data",)],
+    [False, True],
+  ):
+    like_the_job = annotated and jitted
+    if offload and not (like_the_job and shard_over):
+      continue
+    quick = name == "mechanic" or (name in QUICK and like_the_job)
+    yield pytest.param(
+      *(name, axis_type, annotated, jitted, shard_over, offload),
+      marks=() if quick else pytest.mark.slow,
+    )
+
+
+@functools.cache
+def losses_of_one_device(name):
+  tx = make_tx(name)
+  state = TrainState.create(apply_fn=None, params=network.params(), tx=tx)
+  step, losses = jax.jit(lambda s, *b: s.minimize(loss, *b)), []
+  for i in range(3):
+    state, value = step(state, *network.batch(i))
+    losses.append(float(value))
+  return losses
+
+
+@pytest.mark.parametrize(
+  ("name", "axis_type", "annotated", "jitted", "shard_over", "offload"),
+  cases(),
+)
+def test_every_leaf_stays_where_it_belongs(
+  name, axis_type, annotated, jitted, shard_over, offload
 ):
-  devices, tx = make_mesh(axis_type), make_tx("mechanic")
-  specs = {
-    "kernel": (SPLIT if shard_over else SPECS)["hidden"]["kernel"],
-    "head": (SPLIT if shard_over else SPECS)["head"],
-  }
+  devices, tx = make_mesh(axis_type), make_tx(name)
+  typed = axis_type == AxisType.Explicit
+  specs = SPLIT if shard_over else SPECS
 
-  def make_model():
-    model = Model(annotated)
-    if not annotated:
-      place_one = jax.device_put
-      if jitted and axis_type == AxisType.Explicit:
-        place_one = jax.sharding.reshard
-      elif jitted:
-        place_one = jax.lax.with_sharding_constraint
-      for name, spec in (
-        ("kernel", SPECS["hidden"]["kernel"]),
-        ("head", SPECS["head"]),
-      ):
-        variable = getattr(model, name)
-        variable.set_value(
-          place_one(variable.get_value(), NamedSharding(devices, spec))
-        )
-    return model
+  def place_one(value, spec):
+    if not jitted:
+      return jax.device_put(value, NamedSharding(devices, spec))
+    if typed:
+      return jax.sharding.reshard(value, spec)
+    return jax.lax.with_sharding_constraint(value, spec)
+
+  shardings = None
+  if jitted and not annotated and not typed:
+    # Nothing in the trace says where these parameters lie.
+    shardings = sharding.Shardings.of(place(network.params(), devices))
 
   def create():
-    model = make_model()
-    return model, Optimizer(model, tx, shard_over=shard_over)
+    model = Model(place_one, annotated)
+    optimizer = Optimizer(
+      model, tx, shard_over=shard_over, offload=offload, shardings=shardings
+    )
+    return model, optimizer
+
+  def check(model, optimizer):
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    check_state(params, params, SPECS)
+    opt_state = nnx.as_pure(optimizer.opt_state)
+    check_state(opt_state, params, specs)
+    promised = flax_mechanic.state_sharding(
+      tx, params, shard_over=shard_over, offload=offload
+    )
+    for leaf, lies in zip(
+      jax.tree.leaves(opt_state), jax.tree.leaves(promised), strict=True
+    ):
+      assert leaf.sharding.is_equivalent_to(lies, leaf.ndim)
+      assert leaf.sharding.memory_kind == lies.memory_kind
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opt_state)}
+    assert ("pinned_host" in kinds) == (offload and name not in STATELESS)
+
+  def pure_loss(model, inputs, targets):
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    return loss(params, inputs, targets, typed=typed)
 
   with jax.set_mesh(devices):
     model, optimizer = nnx.jit(create)() if jitted else create()
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    if jitted and not annotated and axis_type == AxisType.Auto:
-      # Nothing says where the parameters lie, and so nothing is promised.
-      assert not optimizer.shardings.leaves
-      optimizer.update(model, nnx.state(model, nnx.Param))
-      return
-    check_state(nnx.as_pure(optimizer.opt_state), params, specs)
+    check(model, optimizer)
+    graphdef, state = nnx.split((model, optimizer))
 
-    @functools.partial(nnx.jit, donate_argnums=(0, 1))
-    def step(model, optimizer):
-      grads = jax.tree.map(lambda x: 0.1 * x, nnx.state(model, nnx.Param))
-      optimizer.update(model, grads)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, inputs, targets):
+      model, optimizer = nnx.merge(graphdef, state)
+      value = optimizer.minimize(model, pure_loss, inputs, targets)
+      return nnx.state((model, optimizer)), value
 
-    for _ in range(3):
-      step(model, optimizer)
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    check_state(nnx.as_pure(optimizer.opt_state), params, specs)
-    own = {"kernel": SPECS["hidden"]["kernel"], "head": SPECS["head"]}
-    check_state(params, params, own)
-  # Outside of the mesh's context, compiled and not.
-  step(model, optimizer)
-  grads = jax.tree.map(lambda x: 0.1 * x, nnx.state(model, nnx.Param))
-  optimizer.update(model, grads)
+    losses, compiled = [], []
+    for batch in [network.batch(i) for i in range(3)]:
+      before, old = compilations(), state
+      state, value = step(state, *batch)
+      compiled.append(compilations() - before)
+      losses.append(float(value))
+      kept = [leaf for leaf in jax.tree.leaves(old) if not leaf.is_deleted()]
+      assert all(leaf.size <= 1 for leaf in kept)
+    assert compiled == [1, 0, 0]
+    check(*nnx.merge(graphdef, state))
+  assert losses == pytest.approx(losses_of_one_device(name), rel=1e-5)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_outside_of_the_mesh_s_context(axis_type):
+  devices = make_mesh(axis_type)
+  with jax.set_mesh(devices):
+    model = nnx.jit(lambda: Model(None, annotated=True))()
+    optimizer = Optimizer(model, make_tx("mechanic"), shard_over=["data"])
+
+  def update(model, optimizer):
+    grads = jax.tree.map(lambda x: 0.1 * x, nnx.state(model, nnx.Param))
+    optimizer.update(model, grads)
+
+  nnx.jit(update, donate_argnums=(0, 1))(model, optimizer)
+  update(model, optimizer)
   optimizer.reanchor(model)
   params = nnx.as_pure(nnx.state(model, nnx.Param))
-  check_state(nnx.as_pure(optimizer.opt_state), params, specs)
+  check_state(nnx.as_pure(optimizer.opt_state), params, SPLIT)
+  check_state(params, params, SPECS)
+
+
+def test_where_nothing_is_known_nothing_is_promised():
+  devices = make_mesh(AxisType.Auto)
+
+  def create():
+    lay = jax.lax.with_sharding_constraint
+    model = Model(lay, annotated=False)
+    return model, Optimizer(model, make_tx("mechanic"), shard_over=["data"])
+
+  with jax.set_mesh(devices):
+    model, optimizer = nnx.jit(create)()
+    assert not optimizer.shardings.by_path
+    optimizer.update(model, nnx.state(model, nnx.Param))
+
+
+@pytest.mark.parametrize("make", [Optimizer, TrainState])
+def test_offloads_from_one_device_too(make):
+  params, tx = {"w": jnp.ones((4, 3))}, make_tx("mechanic")
+  if make is Optimizer:
+    model = nnx.Dict({"w": nnx.Param(params["w"])})
+    optimizer = Optimizer(model, tx, offload=True)
+    for _ in range(2):
+      optimizer.minimize(model, lambda model: jnp.sum(model.w**2))
+    optimizer.eval_model(model)
+    state = nnx.as_pure(optimizer.opt_state)
+  else:
+    created = TrainState.create(
+      apply_fn=None, params=params, tx=tx, offload=True
+    )
+    created, _ = created.minimize(lambda params: jnp.sum(params["w"] ** 2))
+    created = created.apply_gradients(grads=created.params)
+    created.eval_params()
+    state = created.opt_state
+  for leaf in jax.tree.leaves(state):
+    kind = "pinned_host" if leaf.shape == (4, 3) else "device"
+    assert leaf.sharding.memory_kind == kind
+  flax_mechanic.scalars(state)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

@@ -166,9 +166,11 @@ def test_every_optimizer_learns_text(tmp_path, optimizer, base_of_mechanic):
 
 
 def test_parameters_are_kept_in_param_dtype():
-  draw = lambda dtype: nnx.to_pure_dict(
-    make_job(make_config(param_dtype=dtype)).create()["model"]
-  )
+  def draw(dtype):
+    job = make_job(make_config(param_dtype=dtype))
+    with jax.set_mesh(job.mesh):
+      return nnx.to_pure_dict(job.create()["model"])
+
   wide, narrow = draw("float32"), draw("bfloat16")
   rounded = jax.tree.map(lambda x: x.astype("bfloat16"), wide)
   assert jax.tree.all(jax.tree.map(np.array_equal, rounded, narrow))

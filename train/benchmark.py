@@ -23,12 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from optax import contrib
 
 import flax_mechanic
 from configs import digits, text
 from train import facts
-from train.job import make_job
+from train.job import Job, make_job
+from train.tables import format_table
 
 # The leaves of a transformer's block, over and over.
 _BLOCK = [(256, 256), (512, 128), (128,), (64, 512), (1024, 64), (256,)]
@@ -82,12 +84,8 @@ def _print_table(title: str, columns: Mapping[str, Callable[[], Rows]]) -> None:
     head += [f"{label} {name}".strip() for name in names]
     for name, row in rows.items():
       cells[name] += [row.get(column, "") for column in names]
-  lines = [head, ["---"] * len(head), *cells.values()]
-  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-  print(title + ":\n")
-  for line in lines:
-    print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
-  print(flush=True)
+  print(f"{title}:\n")
+  print(format_table([head, *cells.values()]), end="\n\n", flush=True)
 
 
 def _make_params(leaves: int) -> dict[str, jax.Array]:
@@ -110,31 +108,26 @@ def _time_updates(base: str, leaves: int, rounds: int) -> Rows:
 
 
 def _time_jobs(base: str, job: str, rounds: int) -> Rows:
-  if "optax_mechanize" not in flax_mechanic.methods():
-    flax_mechanic.register(
-      "optax_mechanize",
-      lambda base, learning_rate: contrib.mechanize(base),
-      options={"base": "adamw", "learning_rate": 1.0},
-      tuned=False,
-      schedule=None,
-    )
   steps = {}
   for name, update in facts.UPDATES.items():
     config = _JOBS[job].get_config()
-    config.optimizer = base
-    config.opt.optax_mechanize.base = config.opt.mechanic.base = base
+    config.optimizer = config.opt.mechanic.base = base
+    config.mesh.data = 1
+    tx = None
     if name == "optax mechanize":
-      config.optimizer = "optax_mechanize"
+      tx = contrib.mechanize(flax_mechanic.make_optimizer(config))
     elif update.options is not None:
       config.optimizer = "mechanic"
       config.opt.mechanic.update(update.options)
-    this = make_job(config)
-    batch = this.task.train_batch(0)
-    steps[name] = (
-      lambda state, this=this, batch=batch: this.train_step(state, batch)[0],
-      this.create(),
-    )
+    this = make_job(config, jax.devices()[:1], tx)
+    with jax.set_mesh(this.mesh):
+      steps[name] = (functools.partial(_run, this), this.create())
   return _take_turns(steps, rounds)
+
+
+def _run(job: Job, state: nnx.State) -> nnx.State:
+  with jax.set_mesh(job.mesh):
+    return job.train_step(state, job.train_batch(0))[0]
 
 
 def _take_turns(

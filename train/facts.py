@@ -7,11 +7,8 @@ and times it: one JSON object, for updates on eight devices and for a TPU v5e.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
-import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import flax_mechanic
+from train import program
 
 Shapes = Sequence[tuple[int, ...]]
 
@@ -139,15 +137,13 @@ def copy_bytes(params: Any) -> int:
 
 def facts_of(compiled: Any, one_copy: int) -> Facts:
   """Returns the facts of a compiled function, given a copy's bytes."""
-  memory, text = compiled.memory_analysis(), compiled.as_text()
-  kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+  memory = compiled.memory_analysis()
+  found = program.collectives(compiled.as_text())
   return Facts(
     accessed=compiled.cost_analysis()["bytes accessed"] / one_copy,
     temporary=memory.temp_size_in_bytes / one_copy,
     aliased=memory.alias_size_in_bytes / one_copy,
-    collectives={
-      kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds
-    },
+    collectives={kind: each.count for kind, each in found.items()},
   )
 
 
@@ -216,16 +212,11 @@ def compile_optimizer(tx: optax.GradientTransformation, mesh: Any) -> Facts:
 
 def v5e() -> NamedSharding | None:
   """Returns a chip that is not there, or None without the compiler's wheel."""
-  if importlib.util.find_spec("libtpu") is None:
+  try:
+    devices = program.tpu_devices("v5e:2x2")
+  except ImportError:
     return None
-  from jax.experimental import topologies
-
-  os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-  topology = topologies.get_topology_desc(
-    platform="tpu", topology_name="v5e:2x2"
-  )
-  chip = jax.sharding.Mesh(np.array(topology.devices[:1]), ("chip",))
-  return NamedSharding(chip, P())
+  return NamedSharding(jax.sharding.Mesh(np.array(devices[:1]), ("chip",)), P())
 
 
 def main(base: str) -> None:

@@ -12,6 +12,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import absl.flags
 from ml_collections import ConfigDict, config_dict, config_flags
@@ -21,27 +22,77 @@ from flax_mechanic.errors import UsageError
 _EXAMPLES = {
   "config": "--config=configs/digits.py",
   "workdir": "--workdir=/tmp/digits",
+  "coordinator": "--coordinator=10.0.0.1:1234",
+  "num_processes": "--num_processes=2",
+  "process_id": "--process_id=0",
+  "topology": "--topology=v5e:16x16",
 }
 
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, Path]:
-  """Returns the config, overrides applied, and the working directory.
+class Processes(NamedTuple):
+  """Who this process is among those of the job.
+
+  Attributes:
+    coordinator: HOST:PORT of process 0.
+    num_processes: how many there are.
+    process_id: this one's number, from 0.
+  """
+
+  coordinator: str
+  num_processes: int
+  process_id: int
+
+
+class Arguments(NamedTuple):
+  """What the command line of `train.main` says."""
+
+  config: ConfigDict
+  workdir: Path
+  processes: Processes | None
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+  """Reads the command line of `train.main`.
 
   Args:
-    argv: the arguments after the program's name, in any order: `--config=FILE`,
-      `--workdir=DIR` and `--config.FIELD=VALUE`. The value may also be the next
-      argument, and a bool is switched off by `--noconfig.FIELD` too.
+    argv: the arguments after the program's name: `--workdir=DIR`, what `read`
+      takes, and `--coordinator`, `--num_processes` and `--process_id`, all of
+      them or none.
 
   Raises:
     UsageError: an argument that is missing, unknown or of the wrong type, a
       config file that cannot be used, or a directory that cannot be written.
   """
-  given, overrides = _split(argv)
+  config, given = read(argv, ["workdir"], Processes._fields)
+  processes = _processes(given)
+  check_workdir(given["workdir"])
+  return Arguments(config, Path(given["workdir"]).expanduser(), processes)
+
+
+def read(
+  argv: Sequence[str], required: Sequence[str], optional: Sequence[str] = ()
+) -> tuple[ConfigDict, dict[str, str]]:
+  """Returns the config, overrides applied, and the program's own flags.
+
+  Args:
+    argv: the arguments after the program's name, in any order: `--config=FILE`,
+      `--config.FIELD=VALUE` and the program's own. The value may also be the
+      next argument, and a bool is switched off by `--noconfig.FIELD` too.
+    required: names of the program's own flags.
+    optional: the same, of those that may be left out.
+
+  Raises:
+    UsageError: an argument that is missing, unknown or of the wrong type, or a
+      config file that cannot be used.
+  """
+  given, overrides = _split(argv, ["config", *required, *optional])
   config = load_config(_value(given, "config"))
   override(config, overrides)
-  workdir = _value(given, "workdir")
-  check_workdir(workdir)
-  return config, Path(workdir).expanduser()
+  return config, {
+    name: _value(given, name)
+    for name in (*required, *optional)
+    if name in required or name in given
+  }
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -185,8 +236,37 @@ def check_workdir(workdir: str) -> None:
     ) from None
 
 
+def _processes(given: dict[str, str]) -> Processes | None:
+  missing = [name for name in Processes._fields if name not in given]
+  if len(missing) == len(Processes._fields):
+    return None
+  if missing:
+    raise UsageError(
+      f"--{missing[0]} is missing; type {_EXAMPLES[missing[0]]}, or none of "
+      + ", ".join(f"--{name}" for name in Processes._fields)
+    )
+  host, colon, port = given["coordinator"].rpartition(":")
+  if not (host and colon and port.isdecimal()):
+    raise UsageError(
+      f"--coordinator={given['coordinator']} is not HOST:PORT; type "
+      f"{_EXAMPLES['coordinator']}"
+    )
+  for name in ("num_processes", "process_id"):
+    if not given[name].isdecimal():
+      raise UsageError(
+        f"--{name}={given[name]} is not a number; type {_EXAMPLES[name]}"
+      )
+  count, number = int(given["num_processes"]), int(given["process_id"])
+  if number >= count:
+    raise UsageError(
+      f"--process_id={number} must be below --num_processes={count}; the first "
+      "process is 0"
+    )
+  return Processes(given["coordinator"], count, number)
+
+
 def _split(
-  argv: Sequence[str],
+  argv: Sequence[str], names: Sequence[str]
 ) -> tuple[dict[str, str | None], list[tuple[str, str | None]]]:
   """Splits arguments into flags of the job and overrides of its config."""
   given: dict[str, str | None] = {}
@@ -196,7 +276,7 @@ def _split(
     argument = rest.pop(0)
     if not argument.startswith("--") or argument == "--":
       name = argument.lstrip("-").split("=")[0]
-      known = name in _EXAMPLES or name.startswith("config.")
+      known = name in names or name.startswith("config.")
       hint = f"did you mean --{argument.lstrip('-')}?"
       raise UsageError(
         f"{argument!r} is not a flag; "
@@ -208,11 +288,11 @@ def _split(
       value = rest.pop(0) if follows else None
     if name.startswith(("config.", "noconfig.")):
       overrides.append((name, value))
-    elif name in _EXAMPLES:
+    elif name in names:
       given[name] = value
     else:
       head, dot, field = name.partition(".")
-      near = difflib.get_close_matches(head, [*_EXAMPLES, "help"], n=1)
+      near = difflib.get_close_matches(head, [*names, "help"], n=1)
       hint = near[0] + dot + field if near else f"config.{name}"
       raise UsageError(f"there is no flag --{name}; did you mean --{hint}?")
   return given, overrides

@@ -2,16 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import flax_mechanic
-from train.tasks import Batch, Task, make_task
+from flax_mechanic.errors import UsageError
+from train import mesh as mesh_lib
+from train.tasks import Task, make_task
 
+Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -19,61 +25,144 @@ Metrics = dict[str, jax.Array]
 class Job:
   """A job whose whole state is one pytree of arrays.
 
+  Its functions are to be called with `jax.set_mesh(job.mesh)`.
+
   Attributes:
     task: data, model and loss.
+    batch_size: examples a step, over all processes.
+    mesh: the devices of every process.
     graphdef: what turns a state back into a model and its optimizer.
-    target: the state's shapes and dtypes, nothing allocated.
-    create: () -> state, compiled.
+    target: the state's shapes, dtypes and shardings, nothing allocated.
+    create: () -> state, compiled; each array is made where it lies.
     train_step: (state, batch) -> (state, metrics), compiled, donates its state.
     eval_step: (state, batch) -> metrics, compiled.
   """
 
   task: Task
+  batch_size: int
+  mesh: Mesh
   graphdef: nnx.GraphDef
   target: nnx.State
   create: Callable[[], nnx.State]
   train_step: Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]]
   eval_step: Callable[[nnx.State, Batch], Metrics]
 
-  def eval_model(self, state: nnx.State) -> nnx.Module:
-    """Returns the model to evaluate, in evaluation mode."""
-    return _eval_model(self.graphdef, state)
+  def train_batch(self, step: int) -> Batch:
+    """Returns the batch of a step, from 0, on the mesh."""
+    load = functools.partial(self.task.train_batch, step)
+    return mesh_lib.spread(load, self.batch_size, self.mesh)
+
+  def batch_target(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Returns a batch's shapes, dtypes and shardings, nothing allocated."""
+    one = self.task.train_batch(0, slice(1))
+    sharding = mesh_lib.batch_sharding(self.batch_size, self.mesh)
+    return {
+      name: jax.ShapeDtypeStruct(
+        (self.batch_size, *array.shape[1:]), array.dtype, sharding=sharding
+      )
+      for name, array in one.items()
+    }
+
+  def eval_batches(self) -> Iterator[Batch]:
+    """Yields the held-out batches, on the mesh."""
+    for batch in self.task.eval_batches():
+      load = lambda rows, batch=batch: {k: v[rows] for k, v in batch.items()}
+      size = len(next(iter(batch.values())))
+      yield mesh_lib.spread(load, size, self.mesh)
+
+  def report(self, state: nnx.State) -> str:
+    """Returns what the task shows at the end of a run."""
+    automatic = _automatic(self.mesh)
+    shardings = jax.tree.map(
+      lambda leaf: NamedSharding(automatic, leaf.sharding.spec), self.target
+    )
+    with jax.set_mesh(automatic):
+      state = jax.device_put(state, shardings)
+      return self.task.report(_eval_model(self.graphdef, state))
 
 
-def make_job(config: ConfigDict) -> Job:
+def make_job(
+  config: ConfigDict,
+  devices: Sequence[Any] | None = None,
+  tx: optax.GradientTransformation | None = None,
+) -> Job:
   """Builds the job that a config describes; loads its data, compiles nothing.
+
+  Args:
+    config: as `configs.default` describes it.
+    devices: to run on, all by default.
+    tx: the optimizer, by default the config's.
 
   Raises:
     UsageError: a value in the config is out of range.
   """
+  mesh = mesh_lib.make_mesh(config.mesh, devices)
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.batch_size % parts:
+    raise UsageError(
+      f"config.batch_size={config.batch_size} must be a multiple of {parts}, "
+      "the devices over which config.mesh.data and .fsdp split it"
+    )
   schedule = flax_mechanic.make_schedule(
     config.schedule.name or flax_mechanic.own_schedule(config),
     config.num_steps // config.accumulate_steps,
     config.schedule.warmup_steps,
   )
-  tx = flax_mechanic.make_optimizer(config, schedule)
+  tx = tx or flax_mechanic.make_optimizer(config, schedule)
   task = make_task(config)
 
   def create() -> dict[str, Any]:
     model = task.create_model(nnx.Rngs(config.seed))
+    mesh_lib.place(model)
     # Drawn in float32 and cast: jax.random.normal in bfloat16 takes 8 random
     # bits, and its draws have a mean of -0.01 (jax 0.12).
     params = nnx.state(model, nnx.Param)
     nnx.update(
       model, jax.tree.map(lambda x: x.astype(config.param_dtype), params)
     )
-    return {"model": model, "optimizer": flax_mechanic.Optimizer(model, tx)}
+    optimizer = flax_mechanic.Optimizer(
+      model,
+      tx,
+      shard_over=("data", "fsdp") if config.shard_optimizer_state else (),
+      offload=config.offload_optimizer_state,
+    )
+    return {"model": model, "optimizer": optimizer}
 
-  graphdef, target = nnx.split(nnx.eval_shape(create))
+  with jax.set_mesh(_automatic(mesh)):
+    objects = nnx.eval_shape(create)
+  graphdef, state = nnx.split(objects)
+  shardings = _shardings(objects, state, mesh)
+  specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+  def compiled(function: Callable, out: Any, **options: Any) -> Any:
+    if AxisType.Explicit in mesh.axis_types:
+      function = jax.sharding.auto_axes(
+        function, axes=mesh.axis_names, out_sharding=out
+      )
+    return jax.jit(function, **options)
+
   return Job(
     task=task,
+    batch_size=config.batch_size,
+    mesh=mesh,
     graphdef=graphdef,
-    target=target,
-    create=jax.jit(lambda: nnx.state(create())),
-    train_step=jax.jit(
-      functools.partial(_train_step, task, graphdef), donate_argnums=0
+    target=jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      state,
+      shardings,
     ),
-    eval_step=jax.jit(functools.partial(_eval_step, task, graphdef)),
+    create=compiled(
+      lambda: nnx.state(create()), specs, out_shardings=shardings
+    ),
+    train_step=compiled(
+      functools.partial(_train_step, task, graphdef),
+      (specs, P()),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    ),
+    eval_step=compiled(functools.partial(_eval_step, task, graphdef), P()),
   )
 
 
@@ -81,7 +170,7 @@ def _train_step(
   task: Task,
   graphdef: nnx.GraphDef,
   state: nnx.State,
-  batch: Mapping[str, jax.Array],
+  batch: Batch,
 ) -> tuple[nnx.State, Metrics]:
   objects = nnx.merge(graphdef, state)
   optimizer = objects["optimizer"]
@@ -97,7 +186,7 @@ def _eval_step(
   task: Task,
   graphdef: nnx.GraphDef,
   state: nnx.State,
-  batch: Mapping[str, jax.Array],
+  batch: Batch,
 ) -> Metrics:
   loss, metrics = task.loss(_eval_model(graphdef, state), batch)
   return _prefixed("eval", {"loss": loss, **metrics})
@@ -112,3 +201,29 @@ def _eval_model(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.Module:
 
 def _prefixed(prefix: str, metrics: Mapping[str, jax.Array]) -> Metrics:
   return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+  """Returns the mesh as models see it, which do not type their results."""
+  return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _shardings(
+  objects: Mapping[str, Any], state: nnx.State, mesh: Mesh
+) -> nnx.State:
+  """Returns where each leaf of the job's state lies."""
+  optimizer = objects["optimizer"]
+  of = {"model": optimizer.shardings, "optimizer": optimizer.state_shardings}
+
+  def sharding(offloaded: bool, lies: NamedSharding | None) -> NamedSharding:
+    on_device = NamedSharding(mesh, lies.spec if lies else P())
+    return on_device.with_memory_kind("pinned_host") if offloaded else on_device
+
+  return nnx.State(
+    {
+      name: jax.tree.map(
+        sharding, of[name].offloaded(part), of[name].of_state(part)
+      )
+      for name, part in state.raw_mapping.items()
+    }
+  )

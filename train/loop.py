@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import flax_mechanic
 from flax_mechanic.errors import UsageError
-from train import writers
+from train import processes, writers
 from train.job import Job, make_job
 from train.progress import Progress
 
@@ -42,6 +42,9 @@ def train(
     writer: where metrics go, with the interface of clu's MetricWriter; by
       default files in `workdir`.
 
+  SIGTERM or Ctrl-C, once, to any of its processes, ends the run with a
+  checkpoint of the step at hand.
+
   Returns:
     The last evaluation, such as {"eval/loss": ..., "eval/accuracy": ...}.
 
@@ -54,25 +57,33 @@ def train(
       raise UsageError(f"config.{field}={config[field]} must be at least 1")
   workdir = Path(workdir)
   job = make_job(config)
-  with flax_mechanic.Checkpointer(workdir / "checkpoints") as checkpointer:
+  saved_config = config.to_json_best_effort(indent=2)
+  processes.check_agreement(saved_config, workdir)
+  with (
+    jax.set_mesh(job.mesh),
+    flax_mechanic.Checkpointer(workdir / "checkpoints") as checkpointer,
+  ):
     start, state, notes = _start(job, checkpointer, config)
     if writer is None:
       writer = writers.make_writer(workdir, resume_step=start)
-    saved_config = config.to_json_best_effort(indent=2)
-    (workdir / "config.json").write_text(saved_config + "\n")
+    overview, table = _overview(job, workdir / "parameters.txt")
+    if jax.process_index() == 0:
+      (workdir / "config.json").write_text(saved_config + "\n")
+      (workdir / "parameters.txt").write_text(table)
     writer.write_hparams(
       traverse_util.flatten_dict(json.loads(saved_config), sep=".")
     )
-    with Progress(config.num_steps, start) as progress:
-      progress.print(job.task.description)
-      progress.print(_overview(job, workdir / "parameters.txt"))
-      for note in notes:
-        progress.print(note)
+    with (
+      processes.Stop() as stop,
+      Progress(config.num_steps, start, processes.terminal()) as progress,
+    ):
+      for text in (job.task.description, _where(job), overview, *notes):
+        progress.print(text)
       clock = _Clock(start)
       evaluation = {}
       for step in range(start + 1, config.num_steps + 1):
-        batch = job.task.train_batch(step - 1)
-        state, metrics = job.train_step(state, batch)
+        state, metrics = job.train_step(state, job.train_batch(step - 1))
+        stopped = stop.agreed(step)
         last = step == config.num_steps
         news = {}
         if last or step % config.log_every == 0:
@@ -85,11 +96,15 @@ def train(
           news |= evaluation
         if news:
           progress.update(step, news)
-        if last or step % config.checkpoint_every == 0:
+        if last or stopped or step % config.checkpoint_every == 0:
           data = {"seed": config.seed, "step": step}
           checkpointer.save(step, state, config=config, data=data)
+        if stopped and not last:
+          progress.print(f"stopped at step {step}; the same command resumes")
+          writer.close()
+          return evaluation
       evaluation = evaluation or _evaluate(job, state)
-      report = job.task.report(job.eval_model(state))
+      report = job.report(state)
       if report:
         writer.write_texts(config.num_steps, {"report": report})
         progress.print(report)
@@ -116,7 +131,7 @@ def _start(
 def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:
   """Returns each metric's mean over the held-out batches."""
   batches = [
-    _floats(job.eval_step(state, batch)) for batch in job.task.eval_batches()
+    _floats(job.eval_step(state, batch)) for batch in job.eval_batches()
   ]
   return {
     name: float(np.mean([batch[name] for batch in batches]))
@@ -140,13 +155,22 @@ class _Clock:
     return (step - last_step) / (self._last[1] - last_time)
 
 
-def _overview(job: Job, path: Path) -> str:
-  """Writes the table of parameters to `path`, and returns it or its total."""
+def _where(job: Job) -> str:
+  """Returns what the job runs on, for the log."""
+  devices = job.mesh.devices.flat
+  sizes = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
+  return (
+    f"mesh: {sizes} ({len(devices)} of {devices[0].device_kind}, "
+    f"{jax.process_count()} processes)"
+  )
+
+
+def _overview(job: Job, path: Path) -> tuple[str, str]:
+  """Returns the table of parameters, which is to be in a file, shortened."""
   params = nnx.to_pure_dict(nnx.filter_state(job.target["model"], nnx.Param))
   table = parameter_overview.get_parameter_overview(params, include_stats=False)
-  path.write_text(table + "\n")
   *rows, total = table.splitlines()
-  return table if len(rows) <= 16 else f"{total} ({path})"
+  return (table if len(rows) <= 16 else f"{total} ({path})"), table + "\n"
 
 
 def _summary(step: int, evaluation: Mapping[str, float]) -> str:

@@ -6,6 +6,9 @@ r"""Trains what a config file describes, and resumes it when run again.
 --workdir=DIR            checkpoints and metrics; the same command resumes there
 --config.FIELD=VALUE     replaces a field of the job, any number of times
 --config.optimizer=help  the optimizers: what each is, needs, when to take it
+--coordinator=HOST:PORT --num_processes=N --process_id=I
+                         where the environment does not say who the processes
+                         of the job are; on a TPU pod, GKE and SLURM it does
 --help                   this text and, after --config=FILE, every field
 
 For example:
@@ -31,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments after the program's name; `sys.argv` if None.
 
   Returns:
-    0 after the last step, 2 for bad input, 130 for Ctrl-C. Any other exception
-    is a defect and keeps its traceback.
+    0 after the last step, and after SIGTERM or Ctrl-C has ended the training
+    with a checkpoint; 2 for bad input; 130 for Ctrl-C at any other time. Any
+    other exception is a defect and keeps its traceback.
   """
   arguments = sys.argv[1:] if argv is None else argv
   absl.logging.set_verbosity(absl.logging.WARNING)
@@ -43,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--config.optimizer=help" in arguments:
       print(flax_mechanic.describe())
       return 0
-    config, workdir = flags.parse(arguments)
-    from train import loop  # Importing it takes seconds; a typo should not.
+    config, workdir, given = flags.parse(arguments)
+    # Importing these takes seconds; a typo should not.
+    from train import loop, processes
 
+    processes.connect(given)
     loop.train(config, workdir)
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)

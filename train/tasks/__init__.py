@@ -32,14 +32,17 @@ class Task(Protocol):
     """Returns a new model in training mode; safe to call inside jit.
 
     It computes in config.dtype; its parameters are float32, and the job casts
-    them.
+    them. They name their axes (`mesh.logical`), and the job lays them out.
     """
     ...
 
-  def train_batch(self, step: int) -> Batch:
+  def train_batch(self, step: int, rows: slice = slice(None)) -> Batch:
     """Returns the batch of `step`, a pure function of (config.seed, step).
 
-    Every array's leading axis is config.batch_size.
+    Args:
+      step: from 0.
+      rows: which of the config.batch_size examples, all by default; along the
+        leading axis of every array. Each process asks for its own.
     """
     ...
 

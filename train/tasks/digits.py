@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from flax_mechanic.errors import UsageError, did_you_mean
+from train.mesh import logical
 
 _CLASSES = 10
 _SIDE = 8
@@ -30,7 +31,9 @@ class Mlp(nnx.Module):
   ):
     sizes = (_SIDE * _SIDE, *widths, _CLASSES)
     *hidden, head = (
-      nnx.Linear(m, n, dtype=dtype, rngs=rngs)
+      nnx.Linear(
+        m, n, dtype=dtype, kernel_metadata=logical("embed", "mlp"), rngs=rngs
+      )
       for m, n in itertools.pairwise(sizes)
     )
     self.hidden = nnx.List(hidden)
@@ -61,6 +64,7 @@ class Cnn(nnx.Module):
         kernel_size=(3, 3),
         strides=1 if i == 0 else 2,
         dtype=dtype,
+        kernel_metadata=logical(None, None, "embed", "mlp"),
         rngs=rngs,
       )
       for i, (m, n) in enumerate(itertools.pairwise((1, *widths)))
@@ -72,6 +76,7 @@ class Cnn(nnx.Module):
       side * side * widths[-1],
       _CLASSES,
       dtype=dtype,
+      kernel_metadata=logical("embed", "mlp"),
       rngs=rngs,
     )
 
@@ -134,11 +139,14 @@ class Digits:
       rngs=rngs,
     )
 
-  def train_batch(self, step: int) -> dict[str, np.ndarray]:
+  def train_batch(
+    self, step: int, rows: slice = slice(None)
+  ) -> dict[str, np.ndarray]:
     """Returns the next images of an endless run of shuffled epochs."""
     batch_size, count = self._config.batch_size, len(self._train["label"])
-    epoch, place = divmod(step * batch_size + np.arange(batch_size), count)
-    index = np.empty(batch_size, np.int64)
+    number = step * batch_size + np.arange(batch_size)[rows]
+    epoch, place = divmod(number, count)
+    index = np.empty(len(number), np.int64)
     for e in range(epoch[0], epoch[-1] + 1):
       rng = np.random.Generator(np.random.Philox(key=[self._config.seed, e]))
       index[epoch == e] = rng.permutation(count)[place[epoch == e]]

@@ -5,7 +5,8 @@ import os
 import pathlib
 import sysconfig
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import optax
 from flax import nnx
 
 from flax_mechanic.errors import UsageError, did_you_mean
+from train import mesh
 
 _BYTES = 256
 
@@ -32,13 +34,47 @@ _NOT_STDLIB = (
 )
 
 
+# (logical axis of the inputs, of the outputs) -> layer.
+Linear = Callable[..., nnx.Linear]
+
+
+# The axis of layers, where blocks are stacked, is not split.
+_LAYERS = {nnx.PARTITION_NAME: None}
+
+
+def _linear(
+  model: ml_collections.ConfigDict,
+  dtype: jax.typing.DTypeLike,
+  rngs: nnx.Rngs,
+) -> Linear:
+  sizes = {
+    "embed": model.embed_dim,
+    "heads": model.embed_dim,
+    "mlp": model.mlp_dim,
+    "vocab": _BYTES,
+  }
+
+  def linear(inputs: str, outputs: str, **options: Any) -> nnx.Linear:
+    return nnx.Linear(
+      sizes[inputs],
+      sizes[outputs],
+      use_bias=False,
+      dtype=dtype,
+      kernel_metadata=mesh.logical(inputs, outputs),
+      rngs=rngs,
+      **options,
+    )
+
+  return linear
+
+
 class SwiGlu(nnx.Module):
   """down(silu(gate(x)) * up(x)), from https://arxiv.org/abs/2002.05202."""
 
-  def __init__(self, embed_dim: int, mlp_dim: int, linear, rngs: nnx.Rngs):
-    self.gate = linear(embed_dim, mlp_dim, rngs=rngs)
-    self.up = linear(embed_dim, mlp_dim, rngs=rngs)
-    self.down = linear(mlp_dim, embed_dim, rngs=rngs)
+  def __init__(self, linear: Linear):
+    self.gate = linear("embed", "mlp")
+    self.up = linear("embed", "mlp")
+    self.down = linear("mlp", "embed")
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, embed_dim] to the same."""
@@ -48,9 +84,9 @@ class SwiGlu(nnx.Module):
 class Gelu(nnx.Module):
   """down(gelu(up(x)))."""
 
-  def __init__(self, embed_dim: int, mlp_dim: int, linear, rngs: nnx.Rngs):
-    self.up = linear(embed_dim, mlp_dim, rngs=rngs)
-    self.down = linear(mlp_dim, embed_dim, rngs=rngs)
+  def __init__(self, linear: Linear):
+    self.up = linear("embed", "mlp")
+    self.down = linear("mlp", "embed")
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, embed_dim] to the same."""
@@ -82,15 +118,13 @@ def rotate(x: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
   """Causal multi-head self-attention."""
 
-  def __init__(
-    self, embed_dim: int, num_heads: int, rotary: bool, linear, rngs: nnx.Rngs
-  ):
+  def __init__(self, num_heads: int, rotary: bool, linear: Linear):
     self.num_heads = num_heads
     self.rotary = rotary
-    self.query = linear(embed_dim, embed_dim, rngs=rngs)
-    self.key = linear(embed_dim, embed_dim, rngs=rngs)
-    self.value = linear(embed_dim, embed_dim, rngs=rngs)
-    self.out = linear(embed_dim, embed_dim, rngs=rngs)
+    self.query = linear("embed", "heads")
+    self.key = linear("embed", "heads")
+    self.value = linear("embed", "heads")
+    self.out = linear("heads", "embed")
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, embed_dim] to the same."""
@@ -102,20 +136,32 @@ class Attention(nnx.Module):
     return self.out(y.reshape(x.shape))
 
 
+class Embed(nnx.Embed):
+  """An embedding whose table is gathered, and not what is looked up in it."""
+
+  def __call__(self, index: jax.Array) -> jax.Array:
+    """Maps integers of any shape to vectors, one more axis at the end."""
+    table = mesh.constrain(self.embedding.get_value(), None, None)
+    return jnp.take(table.astype(self.dtype), index, axis=0)
+
+
 class Block(nnx.Module):
   """x += attention(norm(x)), then x += mlp(norm(x)), dropout on both."""
 
-  def __init__(self, model: ml_collections.ConfigDict, linear, norm, rngs):
-    self.attention_norm = norm(model.embed_dim, rngs=rngs)
+  def __init__(
+    self,
+    model: ml_collections.ConfigDict,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    linear = _linear(model, dtype, rngs)
+    norm = functools.partial(nnx.RMSNorm, dtype=dtype, rngs=rngs)
+    self.attention_norm = norm(model.embed_dim)
     self.attention = Attention(
-      model.embed_dim,
-      model.num_heads,
-      model.positions == "rotary",
-      linear,
-      rngs,
+      model.num_heads, model.positions == "rotary", linear
     )
-    self.mlp_norm = norm(model.embed_dim, rngs=rngs)
-    self.mlp = _MLPS[model.mlp](model.embed_dim, model.mlp_dim, linear, rngs)
+    self.mlp_norm = norm(model.embed_dim)
+    self.mlp = _MLPS[model.mlp](linear)
     self.dropout = (
       nnx.Dropout(model.dropout, rngs=rngs) if model.dropout else None
     )
@@ -123,7 +169,8 @@ class Block(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, embed_dim] to the same."""
     x = x + self._drop(self.attention(self.attention_norm(x)))
-    return x + self._drop(self.mlp(self.mlp_norm(x)))
+    x = x + self._drop(self.mlp(self.mlp_norm(x)))
+    return mesh.constrain(x, "batch", None, None)
 
   def _drop(self, x: jax.Array) -> jax.Array:
     return x if self.dropout is None else self.dropout(x)
@@ -145,28 +192,36 @@ class Transformer(nnx.Module):
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
-    linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype)
-    norm = functools.partial(nnx.RMSNorm, dtype=dtype)
-    embed = functools.partial(
-      nnx.Embed,
-      features=model.embed_dim,
-      embedding_init=nnx.initializers.normal(0.02),
-      dtype=dtype,
-      rngs=rngs,
-    )
-    self.embed = embed(_BYTES)
+    def embed(count: int, axis: str | None) -> Embed:
+      return Embed(
+        count,
+        model.embed_dim,
+        embedding_init=nnx.initializers.normal(0.02),
+        dtype=dtype,
+        embedding_metadata=mesh.logical(axis, "embed"),
+        rngs=rngs,
+      )
+
+    def block(rngs: nnx.Rngs) -> Block:
+      return Block(model, dtype, rngs)
+
+    self.embed = embed(_BYTES, "vocab")
     self.positions = (
-      embed(model.context_length) if model.positions == "learned" else None
+      embed(model.context_length, None)
+      if model.positions == "learned"
+      else None
     )
-    self.blocks = nnx.List(
-      Block(model, linear, norm, rngs) for _ in range(model.num_layers)
+    self.blocks = (
+      nnx.split_rngs(splits=model.num_layers)(
+        nnx.vmap(block, transform_metadata=_LAYERS)
+      )(rngs)
+      if model.scan_layers
+      else nnx.List(block(rngs) for _ in range(model.num_layers))
     )
-    self.norm = norm(model.embed_dim, rngs=rngs)
-    self.head = linear(
-      model.embed_dim,
-      _BYTES,
-      kernel_init=nnx.initializers.normal(0.02),
-      rngs=rngs,
+    self.remat = model.remat
+    self.norm = nnx.RMSNorm(model.embed_dim, dtype=dtype, rngs=rngs)
+    self.head = _linear(model, dtype, rngs)(
+      "embed", "vocab", kernel_init=nnx.initializers.normal(0.02)
     )
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -177,8 +232,19 @@ class Transformer(nnx.Module):
     x = self.embed(tokens)
     if self.positions is not None:
       x = x + self.positions(jnp.arange(tokens.shape[1]))
-    for block in self.blocks:
-      x = block(x)
+    x = mesh.constrain(x, "batch", None, None)
+    run = nnx.remat(Block.__call__) if self.remat else Block.__call__
+    if isinstance(self.blocks, Block):
+      scan = nnx.scan(
+        run,
+        in_axes=(0, nnx.Carry),
+        out_axes=nnx.Carry,
+        transform_metadata=_LAYERS,
+      )
+      x = scan(self.blocks, x)
+    else:
+      for block in self.blocks:
+        x = run(block, x)
     return self.head(self.norm(x)).astype(jnp.float32)
 
 
@@ -319,12 +385,14 @@ class Text:
       rngs=rngs,
     )
 
-  def train_batch(self, step: int) -> dict[str, np.ndarray]:
+  def train_batch(
+    self, step: int, rows: slice = slice(None)
+  ) -> dict[str, np.ndarray]:
     """Returns windows at random offsets."""
     rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step]))
     offsets = len(self._train) - self._window + 1
     starts = rng.integers(offsets, size=self._config.batch_size)
-    return {"text": self._windows(self._train, starts)}
+    return {"text": self._windows(self._train, starts[rows])}
 
   def eval_batches(self) -> list[dict[str, np.ndarray]]:
     """Returns at most config.data.eval_windows windows, in whole batches.

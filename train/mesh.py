@@ -1,0 +1,160 @@
+"""The job's mesh, what lies how on it, and the batch's way onto it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from flax_mechanic.errors import UsageError, did_you_mean
+
+# Over "data" the batch is split; over "fsdp" the batch, the parameters and the
+# optimizer's state; over "tensor" the parameters and what is computed of them.
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axes, which the models name, and the mesh's axes they are split over.
+RULES: Mapping[str | None, tuple[str, ...]] = {
+  None: (),
+  "batch": ("data", "fsdp"),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "mlp": ("tensor",),
+  "vocab": ("tensor",),
+}
+
+_AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+  """Returns the mesh that `config.mesh` describes.
+
+  Args:
+    config: `data`, `fsdp` and `tensor` are sizes, at most one of them -1 for
+      what the others leave; `axis_type` is auto or explicit.
+    devices: all of every process's by default.
+
+  Raises:
+    UsageError: the sizes are not those of that many devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if config.axis_type not in _AXIS_TYPES:
+    raise UsageError(
+      f"config.mesh.axis_type={config.axis_type!r} is not known"
+      f"{did_you_mean(config.axis_type, _AXIS_TYPES)}"
+    )
+  sizes = {axis: config[axis] for axis in AXES}
+  given = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+  free = [axis for axis, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1 or known < 1 or min(sizes.values()) < -1:
+    raise UsageError(
+      f"config.mesh is {given}: each must be 1 or more, and at most one of "
+      "them -1, for the devices that the others leave"
+    )
+  if len(devices) % known or (not free and known != len(devices)):
+    raise UsageError(
+      f"config.mesh is {given}, and there are {len(devices)} devices; type "
+      f"--config.mesh.{(free or AXES)[0]}=-1 and sizes whose product divides "
+      f"{len(devices)}"
+    )
+  sizes |= dict.fromkeys(free, len(devices) // known)
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(_AXIS_TYPES[config.axis_type],) * len(AXES),
+    devices=devices,
+  )
+
+
+def logical(*axes: str | None) -> dict[str, Any]:
+  """Returns a parameter's metadata that names its axes, a key of `RULES` each.
+
+  For example `nnx.Linear(4, 8, kernel_metadata=logical("embed", "mlp"))`.
+  """
+  return {"out_sharding": axes, "eager_sharding": False}
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
+  """Returns how an array lies by `RULES`.
+
+  A dimension that the mesh's axes do not divide is not split.
+
+  Args:
+    axes: of each dimension.
+    shape: of the array.
+    mesh: a `Mesh` or an `AbstractMesh`; one without axes splits nothing.
+  """
+  entries = []
+  for axis, size in zip(axes, shape, strict=True):
+    names = tuple(n for n in RULES[axis] if mesh.shape.get(n, 1) > 1)
+    divides = size % math.prod(mesh.shape[n] for n in names) == 0
+    entries.append(
+      (names if len(names) > 1 else names[0]) if names and divides else None
+    )
+  return P(*entries)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Lays an activation out by `RULES`; to be called while tracing.
+
+  Args:
+    x: on a mesh with automatic axes, or on none; then it stays as it is.
+    *axes: of each dimension.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def place(model: nnx.Module) -> None:
+  """Lays the parameters out by `RULES`, in place and while tracing.
+
+  A parameter that names no axes is whole on every device.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  for _, node in nnx.iter_graph(model):
+    if isinstance(node, nnx.Param):
+      value = node.get_value()
+      axes = node.get_metadata().get("out_sharding") or (None,) * value.ndim
+      lies = spec(axes, value.shape, mesh)
+      node.set_metadata(out_sharding=tuple(lies))
+      node.set_value(jax.lax.with_sharding_constraint(value, lies))
+
+
+def batch_sharding(size: int, mesh: Mesh) -> NamedSharding:
+  """Returns how batches of a size lie."""
+  return NamedSharding(mesh, spec(("batch",), (size,), mesh))
+
+
+def spread(
+  load: Callable[[slice], Mapping[str, np.ndarray]], size: int, mesh: Mesh
+) -> Mapping[str, Any]:
+  """Returns a batch, its leading axis split over the mesh.
+
+  Args:
+    load: rows -> those rows of the batch. Each process loads its own.
+    size: of the whole batch. One that the mesh does not divide lies whole on
+      every device.
+    mesh: the job's.
+  """
+  rows = batch_sharding(size, mesh)
+  indices = rows.addressable_devices_indices_map((size,)).values()
+  spans = [index[0].indices(size) for index in indices if index is not None]
+  first = min(start for start, _, _ in spans)
+  mine = load(slice(first, max(stop for _, stop, _ in spans)))
+
+  def place_rows(array: np.ndarray) -> jax.Array:
+    def of_device(index: Any) -> np.ndarray:
+      start, stop, _ = index[0].indices(size)
+      return array[start - first : stop - first]
+
+    shape = (size, *array.shape[1:])
+    return jax.make_array_from_callback(shape, rows, of_device)
+
+  return {name: place_rows(array) for name, array in mine.items()}

@@ -1,0 +1,136 @@
+"""Several processes, one job: how they meet, agree and stop together."""
+
+import os
+import secrets
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self, TextIO
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_mechanic.errors import UsageError
+from train.flags import Processes
+
+
+def connect(given: Processes | None) -> None:
+  """Joins the other processes of the job; before anything runs on a device.
+
+  Args:
+    given: who this process is. By default the environment says it, as far as
+      jax knows it: a TPU pod, GKE, SLURM, Open MPI. A process that is alone
+      there stays alone.
+
+  Raises:
+    UsageError: the environment says it in part.
+  """
+  if given is not None:
+    jax.distributed.initialize(*given)
+    return
+  # jax would leave a process that is alone one of its GPUs.
+  if "1" in (
+    os.environ.get(v) for v in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+  ):
+    return
+  try:
+    jax.distributed.initialize()
+  except RuntimeError as error:
+    if "before any JAX calls" not in str(error):
+      raise
+    # In a notebook, say, where it is too late and not wanted.
+  except ValueError as error:
+    if "coordinator_address" in str(error):
+      return  # No cluster.
+    raise UsageError(
+      f"the environment names other processes, but not all of it ({error}); "
+      "type --coordinator=HOST:PORT --num_processes=N --process_id=I"
+    ) from None
+
+
+def terminal() -> TextIO:
+  """Returns where to print: the first process's terminal; others are silent."""
+  return sys.stdout if jax.process_index() == 0 else open(os.devnull, "w")
+
+
+def check_agreement(config: str, workdir: Path) -> None:
+  """Checks that every process runs the same job in the same directory.
+
+  Args:
+    config: the config as text.
+    workdir: the job's directory.
+
+  Raises:
+    UsageError: they do not. Every process raises it.
+  """
+  if jax.process_count() == 1:
+    return
+  word = np.frombuffer(config.encode(), np.uint8)
+  token, length = multihost_utils.broadcast_one_to_all(
+    np.array([secrets.randbits(31), len(word)], np.int32)
+  )
+  first = multihost_utils.broadcast_one_to_all(np.resize(word, length))
+  same = len(word) == length and np.array_equal(first, word)
+  _check_all(
+    same,
+    "has another config than process 0; give every process the same command",
+  )
+  path = workdir / f".process_0_{token}"
+  if jax.process_index() == 0:
+    path.touch()
+  multihost_utils.sync_global_devices("the file is there")
+  seen = path.exists()
+  multihost_utils.sync_global_devices("the file has been looked for")
+  if jax.process_index() == 0:
+    path.unlink()
+  _check_all(
+    seen,
+    f"does not see what process 0 writes to --workdir={workdir}; give a "
+    "directory that all processes share",
+  )
+
+
+def _check_all(fine: bool, sentence: str) -> None:
+  votes = np.ravel(multihost_utils.process_allgather(np.array(fine)))
+  if not votes.all():
+    raise UsageError(f"process {int(votes.argmin())} {sentence}")
+
+
+class Stop:
+  """A wish to stop, by SIGTERM or Ctrl-C to any process, that all agree on.
+
+  A context manager: within it the first signal is a wish; a second one ends the
+  process at once.
+  """
+
+  def __init__(self) -> None:
+    self._wished = False
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self) -> Self:
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        # Of several processes jax takes SIGTERM and tells the others.
+        if number == signal.SIGINT or jax.process_count() == 1:
+          self._previous[number] = signal.signal(number, self._wish)
+    return self
+
+  def __exit__(self, *unused_exception: object) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def agreed(self, step: int) -> bool:
+    """Whether to stop after this step; every process has to ask each step."""
+    if jax.process_count() == 1:
+      return self._wished
+    return multihost_utils.reached_preemption_sync_point(step)
+
+  def _wish(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    self._wished = True
+    signal.signal(number, self._previous[number])
+    if jax.process_count() > 1:
+      signal.raise_signal(signal.SIGTERM)

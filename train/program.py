@@ -1,0 +1,175 @@
+"""Compiled programs: for which devices, and what they do, counted."""
+
+import collections
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+KINDS = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(
+  rf"^ *(?:ROOT )?%([\w.\-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\("
+)
+_ARRAY = re.compile(r"\b[a-z]+(\d*)[a-z0-9]*\[([\d,]*)\]")
+_CALLS = re.compile(
+  r"\b(?:calls|to_apply|body|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)"
+)
+
+
+class Collectives(NamedTuple):
+  """How many of a kind a step does, and the bytes they make on a device."""
+
+  count: int
+  bytes: int
+
+
+def collectives(hlo: str) -> Mapping[str, Collectives]:
+  """Counts a compiled program's collectives; those of a loop each time round.
+
+  Args:
+    hlo: `compiled.as_text()`. A loop whose length does not stand in it counts
+      once.
+
+  Returns:
+    Each of `KINDS` -> its count and bytes.
+  """
+  bodies: dict[str, list[str]] = {}
+  entry = body = None
+  for line in hlo.splitlines():
+    if head := _COMPUTATION.match(line):
+      name = head[2]
+      body = bodies[name] = []
+      entry = name if head[1] else entry
+    elif body is not None:
+      body.append(line)
+  found: dict[tuple[str, str], Collectives] = {}
+  for name, times in _visits(bodies, entry):
+    for line in bodies[name]:
+      if made := _INSTRUCTION.match(line):
+        # A collective that is done in parts has one channel for all of them.
+        channel = re.search(r"channel_id=(\d+)", line)
+        found[made[3], channel[1] if channel else made[1]] = Collectives(
+          times, times * _bytes(made[2], started=bool(made[4]))
+        )
+  totals = dict.fromkeys(KINDS, Collectives(0, 0))
+  for (kind, _), each in found.items():
+    total = totals[kind]
+    totals[kind] = Collectives(
+      total.count + each.count, total.bytes + each.bytes
+    )
+  return totals
+
+
+def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+  """Counts the floating point operations of matrix products and convolutions.
+
+  A multiplication and an addition are two. A loop counts each time round if it
+  is a scan, and once if not; of a conditional the dearest branch counts.
+  """
+  if isinstance(jaxpr, ClosedJaxpr):
+    jaxpr = jaxpr.jaxpr
+  total = 0
+  shape = lambda variable: getattr(variable.aval, "shape", ())
+  for eqn in jaxpr.eqns:
+    name, params = eqn.primitive.name, eqn.params
+    outputs = sum(math.prod(shape(out)) for out in eqn.outvars)
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      left = shape(eqn.invars[0])
+      total += 2 * outputs * math.prod(left[i] for i in contracted)
+    elif name == "conv_general_dilated":
+      kernel = shape(eqn.invars[1])
+      features = kernel[params["dimension_numbers"].rhs_spec[0]]
+      total += 2 * outputs * math.prod(kernel) // features
+    else:
+      inner = [matmul_flops(each) for each in _jaxprs(params.values())]
+      times = params["length"] if name == "scan" else 1
+      total += times * (max(inner) if name == "cond" else sum(inner))
+  return total
+
+
+def tpu_devices(topology: str) -> Sequence[Any]:
+  """Returns the devices of a TPU slice that is not there, to compile for.
+
+  Args:
+    topology: such as "v5e:2x2".
+
+  Raises:
+    ImportError: the compiler, the wheel `libtpu`, is not installed.
+    jax.errors.JaxRuntimeError: it knows no such topology.
+  """
+  import libtpu  # noqa: F401  # pyrefly: ignore[missing-import]
+  from jax.experimental import topologies
+
+  # No search for a TPU of this machine's, no words about there being none (the
+  # last two are not looked at), and no lock.
+  os.environ.update(
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_ACCELERATOR_TYPE="v5litepod-8",
+  )
+  # One device a chip, as on the machines themselves.
+  options = {"chip_config_name": "megacore"} if "v4" in topology else {}
+  return topologies.get_topology_desc(
+    platform="tpu", topology_name=topology, **options
+  ).devices
+
+
+def _visits(
+  bodies: Mapping[str, list[str]], entry: str | None
+) -> Iterator[tuple[str, int]]:
+  """Yields each computation and how often a call of the program runs it."""
+  times: collections.Counter[str] = collections.Counter()
+  waiting = [(entry, 1)] if entry else []
+  while waiting:
+    name, count = waiting.pop()
+    times[name] += count
+    for line in bodies[name]:
+      loop = re.search(r" while\(.*condition=%([\w.\-]+)", line)
+      length = _length(line, bodies[loop[1]]) if loop else 1
+      for names in _CALLS.findall(line):
+        for callee in re.findall(r"%([\w.\-]+)", names):
+          waiting.append((callee, count * length))
+  yield from times.items()
+
+
+def _length(line: str, condition: list[str]) -> int:
+  """Returns how often a loop goes round: said, or what it compares with."""
+  if said := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    return int(said[1])
+  bounds = re.findall(r"constant\((\d+)\)", "\n".join(condition))
+  return max(map(int, bounds), default=1)
+
+
+def _bytes(types: str, started: bool) -> int:
+  """Returns the bytes of an instruction's results."""
+  arrays = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", types))
+  if started:
+    # Its operands, its results, and perhaps counters.
+    arrays = [each for each in arrays if each != ("32", "")]
+    arrays = arrays[len(arrays) // 2 :]
+  return sum(
+    math.prod(int(n) for n in shape.split(",") if n)
+    * max(int(bits or 8) // 8, 1)
+    for bits, shape in arrays
+  )
+
+
+def _jaxprs(values: Any) -> Iterator[Any]:
+  for value in values:
+    if isinstance(value, Jaxpr | ClosedJaxpr):
+      yield value
+    elif isinstance(value, tuple | list):
+      yield from _jaxprs(value)

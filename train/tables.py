@@ -1,0 +1,12 @@
+"""Tables, as a terminal and Markdown show them."""
+
+from collections.abc import Sequence
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+  """Returns rows, the first one the head, as a Markdown table."""
+  lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  return "\n".join(
+    "| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines
+  )

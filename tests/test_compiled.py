@@ -7,8 +7,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from configs import text
 from flax_mechanic import Optimizer, TrainState, mechanize
-from train import facts
+from train import facts, program
+from train.job import make_job
 
 MOVES = ("all-gather", "all-to-all", "collective-permute")
 
@@ -86,6 +88,7 @@ def test_parameters_made_under_jit_are_known_by_their_annotations():
 
 # A step after the first on a v5e, without prefetches, reads and writes what it
 # has to, and within a few scalars nothing else.
+@pytest.mark.slow
 @pytest.mark.parametrize("base", facts.BASES)
 @pytest.mark.parametrize("shapes", [facts.ONE_ARRAY, facts.SIX_MATRICES])
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_parameters_made_under_jit_are_known_by_their_annotations():
 def test_bytes_on_v5e(name, shapes, base):
   chip = facts.v5e()
   if chip is None:
-    pytest.skip("no compiler for TPUs here: pip install libtpu")
+    pytest.skip('no compiler for TPUs here: pip install -e ".[tpu]"')
   update = facts.UPDATES[name]
   found = facts.compile_update(
     update.make(facts.BASES[base](1.0)), shapes, chip, facts.NO_PREFETCH
@@ -102,3 +105,58 @@ def test_bytes_on_v5e(name, shapes, base):
   unavoidable = facts.BASE_COPIES[base] + update.unavoidable
   assert found.accessed == pytest.approx(unavoidable, abs=0.02)
   assert found.temporary < 0.01
+
+
+def job_collectives(name, base, embed_dim=32, num_layers=1, **fields):
+  """Returns what the text job's step on a mesh of 4x2 moves, by kind."""
+  config = text.get_config("tiny")
+  config.model.update(
+    embed_dim=embed_dim, mlp_dim=2 * embed_dim, num_layers=num_layers
+  )
+  config.optimizer = name
+  if base:
+    config.opt[name].base = base
+  config.mesh.update(data=1, fsdp=4, tensor=2)
+  config.update(fields)
+  job = make_job(config)
+  with jax.set_mesh(job.mesh):
+    lowered = job.train_step.lower(job.target, job.batch_target())
+  return program.collectives(lowered.compile().as_text())
+
+
+@pytest.mark.parametrize(
+  ("name", "base", "shard_optimizer_state"),
+  [
+    ("mechanic", "adamw", False),
+    ("mechanic", "adamw", True),
+    ("prodigy", None, False),
+    ("dadapt_adamw", None, False),
+    ("momo_adam", None, True),
+    ("schedule_free", "adamw", False),
+  ],
+)
+@pytest.mark.slow
+def test_what_a_method_moves_does_not_grow(name, base, shard_optimizer_state):
+  added = []
+  for size in ({}, {"embed_dim": 64}, {"num_layers": 2}):
+    of = lambda name, base, size=size: job_collectives(
+      name, base, shard_optimizer_state=shard_optimizer_state, **size
+    )
+    alone, found = of("adamw", None), of(name, base)
+    for kind in (*MOVES, "reduce-scatter"):
+      assert found[kind] == alone[kind]
+    count, size = (
+      a - b
+      for a, b in zip(found["all-reduce"], alone["all-reduce"], strict=True)
+    )
+    added.append((count, size))
+  small, wide, deep = added
+  # However wide the model.
+  assert wide == small
+  if name == "mechanic":
+    assert small == deep == (1, 16)
+  elif name == "schedule_free":
+    assert small == deep == (0, 0)
+  else:
+    # A number a leaf and sum; a CPU does not merge them all.
+    assert deep[1] < 1024

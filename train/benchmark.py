@@ -6,7 +6,7 @@ prints one row an update. Times are medians of rounds that take turns in one
 process, over the base's; bytes are what the compiled, donated program of a step
 after the first reads and writes, in float32 copies of the parameters, and
 temporaries likewise. --base=sgd or --base=lion measures over another base,
---quick smaller trees. With `pip install libtpu` the same is compiled for a TPU
+--quick smaller trees. With the extra `[tpu]` the same is compiled for a TPU
 v5e that is not there.
 """
 

@@ -7,7 +7,7 @@ products, bytes, collectives; for the job's optimizer, for its base alone and
 for optax's mechanize over that base.
 
 --topology=v5e:16x16     a slice of a TPU pod; also v5p:4x4x4, v6e:16x16,
-                         v4:4x4x4 and smaller ones; pip install libtpu
+                         v4:4x4x4 and others; wants the extra [tpu]
 --topology=cpu:8         as many devices of a CPU
 --config.FIELD=VALUE     replaces a field of the job, any number of times
 
@@ -145,13 +145,11 @@ def _measure(job: Job, hbm: int | None) -> Mapping[str, str]:
     try:
       compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-      used = re.search(r"Used (\S+) of (\S+) hbm", str(error))
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return column | {
-        "in all, MiB": used[1] if used else "more than there is",
-        "fits": f"no, there is {used[2] if used else hbm}",
-      }
+      over = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", str(error))
+      why = f", it takes {over[1]} of {over[2]}" if over else ""
+      return column | {"fits": f"no{why}"}
   memory = compiled.memory_analysis()
   total = (
     memory.argument_size_in_bytes

@@ -48,7 +48,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
       f"{did_you_mean(config.axis_type, _AXIS_TYPES)}"
     )
   sizes = {axis: config[axis] for axis in AXES}
-  given = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+  given = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or known < 1 or min(sizes.values()) < -1:

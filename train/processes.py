@@ -112,9 +112,11 @@ class Stop:
 
   def __enter__(self) -> Self:
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
-        # Of several processes jax takes SIGTERM and tells the others.
-        if number == signal.SIGINT or jax.process_count() == 1:
+      # Of several processes jax takes SIGTERM and tells the others. Ctrl-C is
+      # not for what a shell started in the background.
+      alone = jax.process_count() == 1
+      for number in [signal.SIGINT, signal.SIGTERM][: 1 + alone]:
+        if signal.getsignal(number) != signal.SIG_IGN:
           self._previous[number] = signal.signal(number, self._wish)
     return self
 

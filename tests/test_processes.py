@@ -1,0 +1,300 @@
+"""Several real processes on this machine: one run, whoever takes part."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flax_mechanic import UsageError
+from train import flags, processes
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = [
+  "--config=configs/digits.py",
+  "--config.model.widths=(16,)",
+  "--config.batch_size=32",
+]
+TEXT = [
+  "--config=configs/text.py:tiny",
+  f"--config.data.path={ROOT / 'flax_mechanic'}",
+  "--config.mesh.fsdp=2",
+  "--config.mesh.tensor=2",
+]
+EVERY = [
+  "--config.optimizer=mechanic",
+  "--config.opt.mechanic.s_init=1e-3",
+  "--config.log_every=5",
+  "--config.eval_every=10",
+  "--config.checkpoint_every=10",
+  "--config.schedule.name=warmup",  # It does not hang on num_steps.
+  "--config.schedule.warmup_steps=5",
+]
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def start(workdirs, devices, *arguments):
+  """Starts a process a directory, which together have 8 devices or so."""
+  port, count = free_port(), len(workdirs)
+  together = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+  return [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-m", "train.main", f"--workdir={workdir}"),
+        *EVERY,
+        *(together if count > 1 else []),
+        *([f"--process_id={i}"] if count > 1 else []),
+        *arguments,
+      ],
+      cwd=ROOT,
+      env=os.environ
+      | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i, workdir in enumerate(workdirs)
+  ]
+
+
+def finish(started):
+  """Returns the exit statuses, and what each process printed and complained."""
+  texts = [process.communicate(timeout=300) for process in started]
+  return [process.returncode for process in started], texts
+
+
+def run(workdir, count, devices, *arguments):
+  statuses, texts = finish(start([workdir] * count, devices, *arguments))
+  assert statuses == [0] * count, texts
+  return [out for out, _ in texts]
+
+
+def metrics(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
+    for line in lines
+  ]
+
+
+def assert_same_run(found, wanted):
+  assert len(found) == len(wanted)
+  for line, expected in zip(found, wanted, strict=True):
+    assert line == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("job", "count"), [(DIGITS, 2), (TEXT, 4)], ids=["digits", "text"]
+)
+def test_processes_train_save_and_resume_as_one(tmp_path, job, count):
+  whole = tmp_path / "whole"
+  run(whole, 1, 8, *job, "--config.num_steps=30")
+  together = tmp_path / "together"
+  outputs = run(together, count, 8 // count, *job, "--config.num_steps=20")
+  assert f"{count} processes" in outputs[0]
+  for output in outputs[1:]:
+    assert "step" not in output
+  # Another number of processes goes on, and then a single one.
+  again = 6 - count
+  run(together, again, 8 // again, *job, "--config.num_steps=25")
+  (output,) = run(together, 1, 8, *job, "--config.num_steps=30")
+  assert "at step 25" in output
+  last = [line for line in metrics(together) if line["step"] > 25]
+  assert_same_run(last, [line for line in metrics(whole) if line["step"] > 25])
+  first = [line for line in metrics(together) if line["step"] < 20]
+  assert_same_run(first, [each for each in metrics(whole) if each["step"] < 20])
+  saved = {path.name for path in (together / "checkpoints").iterdir()}
+  assert saved == {"20", "25", "30"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_stops_all_at_one_step(tmp_path, number):
+  # A shell's background jobs ignore it, and so would what they start.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
+  started = start([tmp_path] * 2, 2, *arguments)
+  log = tmp_path / "metrics.jsonl"
+  while not log.exists() or log.read_text().count("\n") < 20:
+    time.sleep(0.1)
+    assert all(process.poll() is None for process in started)
+  started[1].send_signal(number)
+  statuses, texts = finish(started)
+  assert statuses == [0, 0], texts
+  assert "the same command resumes" in texts[0][0]
+  step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+  assert f"stopped at step {step}" in texts[0][0]
+  # What was written ends where the checkpoint does.
+  assert metrics(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_lone_process(tmp_path):
+  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
+  started = start([tmp_path], 1, *arguments)
+  log = tmp_path / "metrics.jsonl"
+  while not log.exists() or log.read_text().count("\n") < 20:
+    time.sleep(0.1)
+    assert started[0].poll() is None
+  started[0].send_signal(signal.SIGTERM)
+  (status,), ((output, _),) = finish(started)
+  assert status == 0
+  step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+  assert f"stopped at step {step}; the same command resumes" in output
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_say_so(tmp_path):
+  first, second = tmp_path / "first", tmp_path / "second"
+  statuses, texts = finish(start([first, second], 1, *DIGITS))
+  assert statuses == [2, 2]
+  for _, error in texts:
+    assert "error: process 1 does not see what process 0 writes to" in error
+
+  port = free_port()
+  together = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+  started = [
+    *start([first], 1, *DIGITS, *together, "--process_id=0"),
+    *start([first], 1, *DIGITS, *together, "--process_id=1", "--config.seed=1"),
+  ]
+  statuses, texts = finish(started)
+  assert statuses == [2, 2]
+  for _, error in texts:
+    assert "error: process 1 has another config than process 0" in error
+  assert not list(first.glob("metrics*"))
+
+
+def parse(*arguments):
+  return flags.parse(
+    ["--config=configs/digits.py", "--workdir=/tmp/digits", *arguments]
+  ).processes
+
+
+def test_flags():
+  assert parse() is None
+  assert parse(
+    "--coordinator=10.0.0.1:1234", "--num_processes=4", "--process_id=3"
+  ) == ("10.0.0.1:1234", 4, 3)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["--process_id=0"], "--coordinator is missing; type --coordinator=10"),
+    (
+      ["--coordinator=a:1", "--process_id=0"],
+      "--num_processes is missing; type --num_processes=2, or none of",
+    ),
+    (
+      ["--coordinator=a", "--process_id=0", "--num_processes=2"],
+      "--coordinator=a is not HOST:PORT",
+    ),
+    (
+      ["--coordinator=a:1", "--process_id=x", "--num_processes=2"],
+      "--process_id=x is not a number",
+    ),
+    (
+      ["--coordinator=a:1", "--process_id=2", "--num_processes=2"],
+      "--process_id=2 must be below --num_processes=2",
+    ),
+    (["--proces_id=0"], "did you mean --process_id"),
+  ],
+)
+def test_bad_flags(arguments, words):
+  with pytest.raises(UsageError, match=words):
+    parse(*arguments)
+
+
+ENVIRONMENTS = {
+  "SLURM": {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "{count}",
+    "SLURM_PROCID": "{i}",
+    "SLURM_LOCALID": "{i}",
+    "JAX_COORDINATOR_PORT": "{port}",
+  },
+  "in part": {"JAX_COORDINATOR_ADDRESS": "localhost:{port}"},
+}
+CONNECT = """
+import jax
+from train import processes
+processes.connect(None)
+print(jax.process_index(), jax.process_count(), jax.local_device_count())
+"""
+
+
+def connect(environment, count, devices=1):
+  port = free_port()
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", CONNECT],
+      cwd=ROOT,
+      env=os.environ
+      | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+      | {
+        name: value.format(count=count, i=i, port=port)
+        for name, value in ENVIRONMENTS.get(environment, {}).items()
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(count)
+  ]
+  return finish(started)
+
+
+@pytest.mark.slow
+def test_slurm_says_who_takes_part():
+  _, texts = connect("SLURM", 2)
+  assert [out for out, _ in texts] == ["0 2 1\n", "1 2 1\n"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", ["SLURM", "none"])
+def test_a_process_that_is_alone_has_all_its_devices(environment):
+  _, ((out, _),) = connect(environment, 1, devices=4)
+  assert out == "0 1 4\n"
+
+
+@pytest.mark.slow
+def test_an_environment_that_says_it_in_part():
+  (status,), ((_, error),) = connect("in part", 1)
+  assert status == 1
+  assert "UsageError: the environment names other processes" in error
+
+
+def test_where_jax_runs_already_it_is_too_late_and_fine():
+  processes.connect(None)
+
+
+def test_the_second_signal_ends_at_once():
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  with processes.Stop() as stop:
+    assert not stop.agreed(1)
+    signal.raise_signal(signal.SIGINT)
+    assert stop.agreed(1)
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt):
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_an_ignored_signal_stays_ignored(monkeypatch):
+  previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with processes.Stop() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert not stop.agreed(1)
+  signal.signal(signal.SIGINT, previous)

@@ -11,7 +11,6 @@ from flax import nnx
 from optax.schedules import InjectStatefulHyperparamsState
 
 from flax_mechanic import registry
-from flax_mechanic.sharding import on_device
 
 
 def scalars(opt_state: Any) -> registry.Scalars:
@@ -39,7 +38,7 @@ def scalars(opt_state: Any) -> registry.Scalars:
     readers |= dict(row.scalars)
   found: registry.Scalars = {}
   factors = []
-  for state in _states(on_device(nnx.as_pure(opt_state)), tuple(readers)):
+  for state in _states(nnx.as_pure(opt_state), tuple(readers)):
     values = readers[type(state)](state)
     if "learning_rate" in values:
       factors.append(values.pop("learning_rate"))

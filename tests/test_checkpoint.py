@@ -101,6 +101,16 @@ def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
       UsageError, match=r"model/linear/bias has another shape"
     ):
       checkpointer.restore(abstract(width=9), config=saved)
+    # Where the state lies changes no shape, and is not what is wrong.
+    elsewhere = ConfigDict(
+      {
+        "optimizer": "mechanic",
+        "mesh": {"data": 2},
+        "shard_optimizer_state": True,
+      }
+    )
+    with pytest.raises(UsageError, match="the config is the same"):
+      checkpointer.restore(abstract(width=9), config=elsewhere)
 
 
 def test_a_step_that_is_not_there_is_named(tmp_path):

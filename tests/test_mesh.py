@@ -41,7 +41,9 @@ def run(job, steps=3):
   with jax.set_mesh(job.mesh):
     state, losses = job.create(), []
     for i in range(steps):
+      old = state
       state, metrics = job.train_step(state, job.train_batch(i))
+      assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old["model"]))
       losses.append(float(metrics["train/loss"]))
     evaluations = [job.eval_step(state, batch) for batch in job.eval_batches()]
     losses += [float(each["eval/loss"]) for each in evaluations[:2]]

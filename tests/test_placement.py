@@ -307,6 +307,17 @@ def test_where_nothing_is_known_nothing_is_promised():
     optimizer.update(model, nnx.state(model, nnx.Param))
 
 
+def test_an_annotated_scalar_is_known():
+  def create():
+    scale = nnx.Param(jnp.ones(()), out_sharding=(), eager_sharding=False)
+    model = nnx.Dict({"scale": scale})
+    return model, Optimizer(model, make_tx("mechanic"))
+
+  with jax.set_mesh(make_mesh(AxisType.Auto)):
+    _, optimizer = nnx.jit(create)()
+  assert list(optimizer.shardings.by_path) == ["scale"]
+
+
 @pytest.mark.parametrize("make", [Optimizer, TrainState])
 def test_offloads_from_one_device_too(make):
   params, tx = {"w": jnp.ones((4, 3))}, make_tx("mechanic")

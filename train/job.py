@@ -113,7 +113,7 @@ def make_job(
 
   def create() -> dict[str, Any]:
     model = task.create_model(nnx.Rngs(config.seed))
-    mesh_lib.place(model)
+    mesh_lib.annotate(model)
     # Drawn in float32 and cast: jax.random.normal in bfloat16 takes 8 random
     # bits, and its draws have a mean of -0.01 (jax 0.12).
     params = nnx.state(model, nnx.Param)

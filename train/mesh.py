@@ -112,19 +112,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def place(model: nnx.Module) -> None:
-  """Lays the parameters out by `RULES`, in place and while tracing.
+def annotate(model: nnx.Module) -> None:
+  """Replaces the logical axes of the parameters by the present mesh's.
 
   A parameter that names no axes is whole on every device.
   """
   mesh = jax.sharding.get_abstract_mesh()
   for _, node in nnx.iter_graph(model):
     if isinstance(node, nnx.Param):
-      value = node.get_value()
-      axes = node.get_metadata().get("out_sharding") or (None,) * value.ndim
-      lies = spec(axes, value.shape, mesh)
-      node.set_metadata(out_sharding=tuple(lies))
-      node.set_value(jax.lax.with_sharding_constraint(value, lies))
+      shape = node.get_value().shape
+      axes = node.get_metadata().get("out_sharding") or (None,) * len(shape)
+      node.set_metadata(out_sharding=tuple(spec(axes, shape, mesh)))
 
 
 def batch_sharding(size: int, mesh: Mesh) -> NamedSharding:

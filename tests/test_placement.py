@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import flax_mechanic
 from flax_mechanic import Optimizer, TrainState, mesh, sharding
 from tests import network, optimizers
+from tests.compilations import compilations
 
 SPECS = {
   "hidden": {"kernel": P(None, "model"), "bias": P("model")},
@@ -37,19 +38,6 @@ NAMES = [
 ]
 # They keep nothing that is shaped like a parameter.
 STATELESS = ["dpsgd"]
-
-
-# jit's own count of its cache also counts entries that compile nothing (keys
-# among the arguments, jax 0.10).
-_COMPILED = []
-jax.monitoring.register_event_duration_secs_listener(
-  lambda event, *_, **__: _COMPILED.append(event)
-)
-
-
-def compilations():
-  """Returns how many functions have been compiled so far."""
-  return _COMPILED.count("/jax/core/compile/jaxpr_to_mlir_module_duration")
 
 
 def make_mesh(axis_type):

@@ -69,11 +69,30 @@ def test_eight_devices_of_a_cpu():
   assert gathers["mechanic"] == gathers["lion"]
 
 
-@pytest.mark.slow
-def test_a_tuned_optimizer_is_beside_optax_s_mechanize_over_it():
-  status, output, _ = command(CONFIG, "--topology=cpu:2")
-  assert status == 0
-  assert list(columns(output)) == ["adamw", "optax's mechanize"]
+@pytest.mark.parametrize(
+  ("optimizer", "base", "names"),
+  [
+    ("sgd", None, ["sgd", "optax's mechanize", "mechanic"]),
+    ("mechanic", "lion", ["lion", "optax's mechanize", "mechanic"]),
+    ("sam", "sgd", ["sgd", "optax's mechanize", "mechanic", "sam"]),
+    ("prodigy", None, ["adamw", "optax's mechanize", "mechanic", "prodigy"]),
+  ],
+)
+def test_what_stands_beside_the_job_s_optimizer(optimizer, base, names):
+  config = text.get_config("tiny")
+  config.optimizer = optimizer
+  if base:
+    config.opt[optimizer].base = base
+  variants = list(compile_lib._variants(config))
+  assert [name for name, _, _ in variants] == names
+  for name, variant, tx in variants:
+    if name == "mechanic":
+      assert (variant.optimizer, tx) == ("mechanic", None)
+      assert variant.opt.mechanic.base == names[0]
+    elif tx is not None:
+      assert variant.optimizer == names[0]
+    else:
+      assert variant.optimizer == name
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@ r"""Compiles the training step for devices that are not there.
   python -m train.compile --config=FILE[:VARIANT] --topology=TOPOLOGY
 
 prints what the step takes of each device: memory, and whether it fits, matrix
-products, bytes, collectives; for the job's optimizer, for its base alone and
-for optax's mechanize over that base.
+products, bytes, collectives; for the job's base optimizer alone, for optax's
+mechanize and for mechanic over it, and for the job's optimizer if that is
+another.
 
 --topology=v5e:16x16     a slice of a TPU pod; also v5p:4x4x4, v6e:16x16,
                          v4:4x4x4 and others; wants the extra [tpu]
@@ -119,12 +120,28 @@ def _devices(topology: str) -> Sequence[Any]:
 def _variants(
   config: ConfigDict,
 ) -> Iterator[tuple[str, ConfigDict, optax.GradientTransformation | None]]:
-  """Yields the job with its base alone, with optax's mechanize, as it is."""
-  base = config.copy_and_resolve_references()
-  base.optimizer = config.opt[config.optimizer].get("base", config.optimizer)
-  yield base.optimizer, base, None
-  yield "optax's mechanize", base, contrib.mechanize(make_optimizer(base))
-  if config.optimizer != base.optimizer:
+  """Yields the job with its base, optax's and our mechanize over that, as is.
+
+  A base that mechanic does not take is left for adamw.
+  """
+
+  def with_optimizer(name: str, base: str = "") -> ConfigDict:
+    variant = config.copy_and_resolve_references()
+    variant.optimizer = name
+    if base:
+      variant.opt[name].base = base
+    return variant
+
+  base = config.opt[config.optimizer].get("base", config.optimizer)
+  try:
+    make_optimizer(with_optimizer("mechanic", base))
+  except UsageError:
+    base = "adamw"
+  alone = with_optimizer(base)
+  yield base, alone, None
+  yield "optax's mechanize", alone, contrib.mechanize(make_optimizer(alone))
+  yield "mechanic", with_optimizer("mechanic", base), None
+  if config.optimizer not in (base, "mechanic"):
     yield config.optimizer, config, None
 
 

@@ -30,6 +30,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval_every = 100
   # Steps between checkpoints.
   config.checkpoint_every = 500
+  # How many of the newest are kept.
+  config.checkpoint_keep = 3
+  # One every so many steps is kept for ever; 0 for none.
+  config.checkpoint_keep_every = 0
+  # A metric, such as eval/loss: the one with its smallest value is kept, or
+  # with its largest after a minus sign: -eval/accuracy.
+  config.checkpoint_best = ""
   # Steps between lines of the log and of metrics.jsonl.
   config.log_every = 10
 

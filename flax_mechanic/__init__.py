@@ -19,6 +19,7 @@ The rooms, the lowest floor first; each imports from lower ones only:
   step            one step of any method, on pure functions
   optimizer       `Optimizer`, for NNX
   train_state     `TrainState`, for Linen
+  checksum        checksums of arrays, however they are sharded
   checkpoint      `Checkpointer`, on Orbax
 """
 

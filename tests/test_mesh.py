@@ -8,7 +8,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from configs import default, digits, text
-from flax_mechanic import UsageError
+from flax_mechanic import Checkpointer, UsageError
+from flax_mechanic.checksum import checksums
 from tests import optimizers
 from tests.compilations import compilations
 from train import mesh
@@ -255,6 +256,51 @@ def test_stacked_layers_compute_what_separate_ones_do():
   nnx.update(stacked, state)
   tokens = np.arange(64).reshape(2, 32)
   np.testing.assert_allclose(stacked(tokens), separate(tokens), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["mechanic", "prodigy", "schedule_free", "sam", "dpsgd"]
+)
+def test_a_checkpoint_goes_on_elsewhere(tmp_path, name):
+  def make(devices, **fields):
+    config = optimizers.configure(make_config("digits", **fields), name)
+    config.checkpoint_every = 1
+    return make_job(config, jax.devices()[:devices])
+
+  def train(job, state, steps):
+    losses = []
+    for i in steps:
+      state, metrics = job.train_step(state, job.train_batch(i))
+      losses.append(float(metrics["train/loss"]))
+    return state, losses
+
+  job = make(8, fsdp=2, tensor=2, shard_optimizer_state=True)
+  with jax.set_mesh(job.mesh), Checkpointer(tmp_path) as checkpointer:
+    state, _ = train(job, job.create(), range(2))
+    checkpointer.save(2, state)
+    sums = checksums(state)
+    _, wanted = train(job, state, range(2, 5))
+  for devices, fields in [
+    (8, {"fsdp": 2, "tensor": 2, "shard_optimizer_state": True}),
+    (8, {"data": 1, "fsdp": 4, "tensor": 2, "axis_type": "explicit"}),
+    (8, {"offload_optimizer_state": True}),
+    (4, {"tensor": 2, "shard_optimizer_state": True}),
+    (1, {}),
+  ]:
+    other = make(devices, **fields)
+    with jax.set_mesh(other.mesh), Checkpointer(tmp_path) as checkpointer:
+      state = checkpointer.restore(other.target).state
+      for leaf, target in zip(
+        jax.tree.leaves(state), jax.tree.leaves(other.target), strict=True
+      ):
+        assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+        assert leaf.sharding.memory_kind == target.sharding.memory_kind
+      assert checksums(state) == sums
+      _, losses = train(other, state, range(2, 5))
+    if other.mesh == job.mesh:
+      assert losses == wanted  # Bit for bit.
+    assert losses == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.slow

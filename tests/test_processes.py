@@ -137,6 +137,14 @@ def test_a_signal_to_one_stops_all_at_one_step(tmp_path, number):
   assert f"stopped at step {step}" in texts[0][0]
   # What was written ends where the checkpoint does.
   assert metrics(tmp_path)[-1]["step"] == step
+  more = f"--config.num_steps={step + 10}"
+  resumed, whole = tmp_path, tmp_path / "whole"
+  run(resumed, 2, 2, *DIGITS, "--config.log_every=1", more)
+  run(whole, 2, 2, *DIGITS, "--config.log_every=1", more)
+  last = lambda workdir: [
+    each for each in metrics(workdir) if each["step"] > step
+  ]
+  assert last(resumed) == last(whole)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ from optax import contrib
 
 import flax_mechanic
 from configs import digits, text
+from flax_mechanic.checksum import checksums
 from train import facts
 from train.job import Job, make_job
 from train.tables import format_table
@@ -72,6 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     "on 8 devices of a CPU, leaves of four placements, by Optimizer",
     {"": functools.partial(_compile_elsewhere, base)},
   )
+  megabytes = 50 if arguments.quick else 500
+  print(f"verifying a checkpoint of {megabytes} MB:\n")
+  print(format_table(_time_checkpoint(megabytes)), flush=True)
 
 
 def _print_table(title: str, columns: Mapping[str, Callable[[], Rows]]) -> None:
@@ -160,6 +165,32 @@ def _compile_here(base: str, leaves: int) -> Rows:
       "held": f"{found.aliased:.1f}",
     }
   return rows
+
+
+def _time_checkpoint(megabytes: int) -> list[list[str]]:
+  """Times saves and restores, and of them what the checksums take."""
+  draw = lambda i: jax.random.normal(jax.random.key(i), (1024, 1024))
+  state = {str(i): draw(i) for i in range(megabytes // 4)}
+  seconds: dict[str, list[float]] = {"save": [], "restore": [], "sums": []}
+
+  def timed(name: str, function: Callable[[], Any]) -> None:
+    start = time.perf_counter()
+    function()
+    seconds[name].append(time.perf_counter() - start)
+
+  for _ in range(4):
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      flax_mechanic.Checkpointer(folder) as checkpointer,
+    ):
+      timed("save", lambda c=checkpointer: c.save(1, state) or c.wait())
+      timed("restore", lambda c=checkpointer: c.restore(state))
+    timed("sums", lambda: checksums(state))
+  median = {name: np.median(each[1:]) for name, each in seconds.items()}
+  return [["", "seconds", "of it checksums"]] + [
+    [name, f"{median[name]:.2f}", f"{median['sums'] / median[name]:.1%}"]
+    for name in ("save", "restore")
+  ]
 
 
 def _compile_elsewhere(base: str) -> Rows:

@@ -25,6 +25,7 @@ _AT_LEAST_ONE = (
   "log_every",
   "eval_every",
   "checkpoint_every",
+  "checkpoint_keep",
 )
 
 
@@ -61,7 +62,12 @@ def train(
   processes.check_agreement(saved_config, workdir)
   with (
     jax.set_mesh(job.mesh),
-    flax_mechanic.Checkpointer(workdir / "checkpoints") as checkpointer,
+    flax_mechanic.Checkpointer(
+      workdir / "checkpoints",
+      keep=config.checkpoint_keep,
+      keep_every=config.checkpoint_keep_every,
+      best=config.checkpoint_best,
+    ) as checkpointer,
   ):
     start, state, notes = _start(job, checkpointer, config)
     if writer is None:
@@ -98,7 +104,13 @@ def train(
           progress.update(step, news)
         if last or stopped or step % config.checkpoint_every == 0:
           data = {"seed": config.seed, "step": step}
-          checkpointer.save(step, state, config=config, data=data)
+          checkpointer.save(
+            step,
+            state,
+            config=config,
+            data=data,
+            metrics=_floats(metrics) | news,
+          )
         if stopped and not last:
           progress.print(f"stopped at step {step}; the same command resumes")
           writer.close()
@@ -120,7 +132,8 @@ def _start(
   if checkpointer.latest() is None:
     return 0, job.create(), []
   restored = checkpointer.restore(job.target, config=config)
-  notes = [f"resuming {checkpointer.directory} at step {restored.step}"]
+  notes = list(restored.damaged)
+  notes += [f"resuming {checkpointer.directory} at step {restored.step}"]
   notes += [
     f"config.{field} was {old!r} and is now {new!r}"
     for field, (old, new) in restored.changed.items()

@@ -1,0 +1,306 @@
+"""What really happens to checkpoints: nothing wrong goes on unnoticed."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_mechanic import Checkpointer, UsageError
+from train import inspect
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def make_state(seed):
+  key = jax.random.key(seed)
+  return {
+    "model": {"kernel": jax.random.normal(key, (64, 32)), "bias": jnp.ones(5)},
+    "half": jax.random.normal(key, (33,)).astype("bfloat16"),
+    "key": key,
+    "count": jnp.int32(seed),
+  }
+
+
+def words(state):
+  data = {**state, "key": jax.random.key_data(state["key"])}
+  return jax.tree.map(np.asarray, data)
+
+
+def same(a, b):
+  return jax.tree.all(jax.tree.map(np.array_equal, words(a), words(b)))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A directory with the intact steps 1 and 2."""
+  folder = tmp_path_factory.mktemp("saved")
+  with Checkpointer(folder) as checkpointer:
+    for step in (1, 2):
+      checkpointer.save(step, make_state(step), data={"step": step})
+  return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+  return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def files(folder):
+  return sorted(each for each in folder.rglob("*") if each.is_file())
+
+
+def outcome(folder):
+  """Restores; returns "harmless" or "detected", and raises otherwise."""
+  target = jax.eval_shape(lambda: make_state(0))
+  with Checkpointer(folder) as checkpointer:
+    restored = checkpointer.restore(target)
+    assert same(restored.state, make_state(restored.step))
+    assert restored.data == {"step": restored.step}
+    if restored.step == 2:
+      return "harmless"
+    # What is damaged is set aside, and the step can be saved again.
+    assert restored.step == 1
+    checkpointer.save(2, make_state(2), data={"step": 2})
+    checkpointer.wait()
+    assert checkpointer.restore(target).step == 2
+    return "detected"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_flipped_bits_are_harmless_or_detected(saved, tmp_path, seed):
+  rng = np.random.default_rng(seed)
+  counts = {}
+  every = [path.relative_to(saved) for path in files(saved / "2")]
+  for i in range(20):
+    folder = shutil.copytree(saved, tmp_path / str(i))
+    # Each file as often as any other, whatever its size.
+    path = folder / every[(20 * seed + i) % len(every)]
+    data = bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+    found = outcome(folder)
+    counts[found] = counts.get(found, 0) + 1
+    shutil.rmtree(folder)
+  print(counts)
+  assert counts.keys() <= {"harmless", "detected"}
+
+
+def test_every_file_truncated_or_gone(saved, tmp_path):
+  counts = {}
+  for path in files(saved / "2"):
+    for what in ("truncated", "emptied", "deleted"):
+      folder = shutil.copytree(saved, tmp_path / "copy")
+      damaged = folder / path.relative_to(saved)
+      if what == "deleted":
+        damaged.unlink()
+      else:
+        size = damaged.stat().st_size // 2 if what == "truncated" else 0
+        os.truncate(damaged, size)
+      found = outcome(folder)
+      counts[found] = counts.get(found, 0) + 1
+      shutil.rmtree(folder)
+  print(counts)
+  assert counts.keys() <= {"harmless", "detected"}
+
+
+def test_a_damaged_array_is_named(folder):
+  data = max(files(folder / "2"), key=lambda path: path.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2] ^= 1
+  data.write_bytes(content)
+  target = make_state(0)
+  with Checkpointer(folder) as checkpointer:
+    with pytest.raises(
+      UsageError, match=r"array model/kernel of step 2 in .* is"
+    ):
+      checkpointer.restore(target, step=2)
+    assert checkpointer.steps() == [1, 2]
+    restored = checkpointer.restore(target)
+  assert restored.step == 1
+  assert "model/kernel of step 2" in restored.damaged[0]
+  assert (folder / "damaged_2").is_dir()
+
+
+def test_a_record_that_reads_well_but_is_not_what_was_saved(folder):
+  path = folder / "2" / "record" / "metadata"
+  text = path.read_text()
+  saved = r"\"data\": {\"step\": 2}"
+  assert saved in text
+  path.write_text(text.replace(saved, saved.replace("2", "3")))
+  assert outcome(folder) == "detected"
+
+
+def test_a_reader_moves_nothing(folder):
+  shutil.rmtree(folder / "2" / "state" / "d")
+  with Checkpointer(folder, read_only=True) as checkpointer:
+    assert checkpointer.restore(make_state(0)).step == 1
+  assert (folder / "2").is_dir()
+
+
+def test_step_0_is_a_step(tmp_path):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(0, make_state(0))
+    checkpointer.wait()
+    assert checkpointer.restore(make_state(1)).step == 0
+
+
+def test_when_nothing_is_intact_it_says_so_and_moves_nothing(folder):
+  for step in ("1", "2"):
+    shutil.rmtree(folder / step / "state")
+  with (
+    Checkpointer(folder) as checkpointer,
+    pytest.raises(UsageError, match="no intact step is left in"),
+  ):
+    checkpointer.restore(make_state(0))
+  assert (folder / "1").is_dir()
+  assert (folder / "2").is_dir()
+
+
+def test_an_empty_step_and_a_stale_temporary_directory(folder):
+  (folder / "7").mkdir()
+  stale = folder / "8.orbax-checkpoint-tmp"
+  shutil.copytree(folder / "1", stale)
+  assert outcome(folder) == "harmless"
+  assert not stale.exists()
+  assert (folder / "damaged_7").is_dir()
+
+
+def test_two_runs_in_one_directory(folder):
+  with (
+    Checkpointer(folder),
+    pytest.raises(UsageError, match="another run is writing"),
+  ):
+    Checkpointer(folder)
+  with Checkpointer(folder, read_only=True) as reader, Checkpointer(folder):
+    assert reader.steps() == [1, 2]
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UsageError, match=r"file/x cannot be written: Not a dir"):
+    Checkpointer(tmp_path / "file" / "x")
+
+
+def test_the_restored_dtype_is_the_target_s(folder):
+  target = jax.eval_shape(lambda: make_state(0))
+  target["model"]["kernel"] = jax.ShapeDtypeStruct((64, 32), "bfloat16")
+  with Checkpointer(folder) as checkpointer:
+    kernel = checkpointer.restore(target).state["model"]["kernel"]
+  wanted = make_state(2)["model"]["kernel"].astype("bfloat16")
+  np.testing.assert_array_equal(kernel, wanted)
+
+
+def test_retention(tmp_path):
+  with Checkpointer(
+    tmp_path, keep=1, keep_every=4, best="-eval/accuracy"
+  ) as checkpointer:
+    for step, accuracy in enumerate([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6], 1):
+      metrics = {"eval/accuracy": accuracy}
+      checkpointer.save(step, make_state(step), metrics=metrics)
+    checkpointer.wait()
+    assert checkpointer.steps() == [3, 4, 7]
+    assert checkpointer.read(3)["metrics"] == {"eval/accuracy": 0.9}
+
+
+def test_inspect(folder, capsys):
+  assert inspect.main([str(folder)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split("|")[1].strip() for line in lines[2:4]] == ["1", "2"]
+  assert all("yes" in line for line in lines[2:4])
+  shutil.rmtree(folder / "2" / "state" / "d")
+  assert inspect.main([str(folder)]) == 1
+  output = capsys.readouterr().out
+  assert "step 2 in" in output
+  assert inspect.main([str(folder / "nowhere")]) == 2
+  assert inspect.main([]) == 2
+  assert capsys.readouterr().err.count("error: ") == 2
+
+
+JOB = [
+  *(sys.executable, "-m", "train.main", "--config=configs/digits.py"),
+  *("--config.optimizer=mechanic", "--config.model.widths=(16,)"),
+  *("--config.batch_size=32", "--config.checkpoint_every=20"),
+  *("--config.log_every=20", "--config.eval_every=100"),
+]
+
+
+def run(workdir, *arguments, limit="unlimited"):
+  """Starts the job; no file may grow beyond `limit` blocks of 1024 bytes."""
+  return subprocess.Popen(
+    [
+      *("bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash"),
+      *JOB,
+      f"--workdir={workdir}",
+      *arguments,
+    ],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def metrics(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
+    for line in lines
+  ]
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_instant(tmp_path):
+  rng = np.random.default_rng(0)
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  steps = "--config.num_steps=4000"
+  process = run(whole, steps)
+  process.communicate()
+  assert process.returncode == 0
+  kills = 0
+  for _ in range(60):
+    process = run(cut, steps)
+    log = cut / "metrics.jsonl"
+    before = log.read_bytes() if log.exists() else b""
+    while process.poll() is None and (
+      not log.exists() or log.read_bytes() == before
+    ):
+      time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.3))
+    if process.poll() is not None:
+      break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kills += 1
+    if kills == 20:
+      break
+  assert kills == 20
+  process = run(cut, steps)
+  output, error = process.communicate()
+  assert process.returncode == 0, error
+  assert "damaged" not in output + error
+  assert metrics(cut) == metrics(whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path):
+  steps = "--config.num_steps=200"
+  # Logs and small files fit, arrays do not.
+  process = run(tmp_path, steps, "--config.model.widths=(512, 512)", limit=200)
+  _, error = process.communicate()
+  assert process.returncode == 2
+  last = error.splitlines()[-1]
+  assert last.startswith("error: saving into")
+  assert "make room" in last
+  process = run(tmp_path, steps, "--config.model.widths=(512, 512)")
+  output, error = process.communicate()
+  assert process.returncode == 0, error
+  assert "done at step 200" in output

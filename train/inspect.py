@@ -1,0 +1,92 @@
+r"""Tells what a run has saved, and whether it is intact.
+
+  python -m train.inspect DIR
+
+prints, for the --workdir of a run that may be running, each checkpoint's size,
+whether every array of it has the checksum that it was saved with, and what was
+measured and learned by then.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import absl.logging
+
+from flax_mechanic.checkpoint import Checkpointer
+from flax_mechanic.errors import UsageError
+from train.tables import format_table
+
+_FIRST = ("train/loss", "eval/loss", "eval/accuracy", "learning_rate/effective")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Prints, and returns the exit status.
+
+  Args:
+    argv: the arguments after the program's name; `sys.argv` if None.
+
+  Returns:
+    0, 1 if a checkpoint is damaged, 2 for bad input.
+  """
+  arguments = sys.argv[1:] if argv is None else argv
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  if not {"-h", "--help"}.isdisjoint(arguments):
+    print((__doc__ or "").strip())
+    return 0
+  try:
+    problems: list[str] = []
+    for line in _report(arguments, problems):
+      print(line)
+    return 1 if problems else 0
+  except UsageError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _report(arguments: Sequence[str], problems: list[str]) -> Iterator[str]:
+  if len(arguments) != 1:
+    raise UsageError("type python -m train.inspect DIR, the --workdir of a run")
+  given = Path(arguments[0]).expanduser()
+  folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+  if not folder.is_dir():
+    raise UsageError(f"{given} is not a directory; type the --workdir of a run")
+  with Checkpointer(folder, read_only=True) as checkpointer:
+    steps = checkpointer.steps()
+    if not steps:
+      raise UsageError(f"{given} holds no checkpoint")
+    rows, record = [], {}
+    for step in steps:
+      files = (folder / str(step)).rglob("*")
+      size = sum(each.stat().st_size for each in files if each.is_file())
+      try:
+        checkpointer.verify(step)
+        record = checkpointer.read(step)
+        rows.append((step, size, "yes", record["metrics"]))
+      except UsageError as error:
+        problems.append(str(error))
+        rows.append((step, size, "no", {}))
+  seen = dict.fromkeys(name for *_, metrics in rows for name in metrics)
+  names = [name for name in _FIRST if name in seen]
+  names += [
+    name
+    for name in seen
+    if name not in _FIRST and not name.startswith(("train/", "eval/"))
+  ]
+  table = [["step", "MB", "intact", *names]]
+  for step, size, intact, metrics in rows:
+    values = [f"{metrics[n]:.4g}" if n in metrics else "" for n in names]
+    table.append([str(step), f"{size / 1e6:,.1f}", intact, *values])
+  yield format_table(table)
+  yield from problems
+  if record:
+    config, arrays = record["config"], record["arrays"]
+    yield (
+      f"step {record['step']}: optimizer {config.get('optimizer')}, "
+      f"{len(arrays)} arrays, "
+      + ", ".join(f"{name} {v}" for name, v in record["versions"].items())
+    )
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -22,8 +22,12 @@ def test_prints_a_row_an_update_in_each_table():
     capture_output=True,
     text=True,
   ).stdout
-  tables = output.split(":\n\n")[1:]
+  *tables, checkpoint = output.split(":\n\n")[1:]
   assert len(tables) == 4
+  assert [line.split()[1] for line in checkpoint.splitlines()[2:]] == [
+    "save",
+    "restore",
+  ]
   for table in tables:
     rows = [line.split("|")[1:-1] for line in table.splitlines() if "|" in line]
     names = [row[0].strip() for row in rows[2:]]

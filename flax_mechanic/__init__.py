@@ -20,6 +20,7 @@ The rooms, the lowest floor first; each imports from lower ones only:
   optimizer       `Optimizer`, for NNX
   train_state     `TrainState`, for Linen
   checksum        checksums of arrays, however they are sharded
+  record          what a checkpoint tells beside its arrays
   checkpoint      `Checkpointer`, on Orbax
 """
 

@@ -3,12 +3,8 @@
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -17,23 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from flax_mechanic import record as record_lib
 from flax_mechanic.checksum import checksums
 from flax_mechanic.errors import UsageError
 from flax_mechanic.sharding import leaf_path
-
-# Those whose versions a checkpoint tells.
-_LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
-
-# Fields that change no shape: how long, how often, and where the state lies.
-_SHAPELESS = re.compile(
-  r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"
-  r"|^checkpoint_|^mesh\.|_optimizer_state$"
-)
 
 
 class Restored(NamedTuple):
@@ -149,18 +137,18 @@ class Checkpointer:
     pure, numbers = _pure(state), dict(metrics or {})
     record = {
       "step": step,
-      "config": _flat_config(config),
+      "config": record_lib.flat_config(config),
       "data": dict(data or {}),
       "metrics": numbers,
-      "versions": {each: metadata.version(each) for each in _LIBRARIES},
-      "arrays": _describe(pure, checksums(pure)),
+      "versions": record_lib.versions(),
+      "arrays": record_lib.describe(pure, checksums(pure)),
     }
     with self._writing():
       saved = self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(pure),
-          record=ocp.args.JsonSave(_seal(record)),
+          record=ocp.args.JsonSave(record_lib.seal(record)),
         ),
         metrics=numbers,
       )
@@ -247,7 +235,8 @@ class Checkpointer:
       saved = self._manager.item_metadata(step).state.tree
       described = self._read(step)["arrays"]
       target = jax.tree_util.tree_map_with_path(
-        lambda path, _: _target(described[leaf_path(path)], device), saved
+        lambda path, _: record_lib.target(described[leaf_path(path)], device),
+        saved,
       )
     except Exception as error:  # Whatever reading a damaged file leads to.
       raise UsageError(
@@ -288,7 +277,7 @@ class Checkpointer:
     self, step: int, target: Any, config: ConfigDict | None
   ) -> Restored:
     record = self._read(step)
-    changed = _changed(record["config"], config)
+    changed = record_lib.changed(record["config"], config)
     pure = _pure(target)
     self._check_fit(step, pure, record["arrays"], changed)
     described = record["arrays"]
@@ -313,7 +302,7 @@ class Checkpointer:
     except Exception as error:  # Whatever reading a damaged file leads to.
       problem = _first_line(error)
     self._check_all(step, problem)
-    found = _describe(arrays, checksums(arrays))
+    found = record_lib.describe(arrays, checksums(arrays))
     wrong = [path for path in described if found[path] != described[path]]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     if wrong:
@@ -331,7 +320,7 @@ class Checkpointer:
       parts: Any = self._manager.restore(
         step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
       )
-      record = _unseal(parts.record)
+      record = record_lib.unseal(parts.record)
     except Exception as error:  # Whatever reading a damaged file leads to.
       problem = _first_line(error)
     self._check_all(step, problem)
@@ -379,40 +368,15 @@ class Checkpointer:
     described: Mapping[str, Any],
     changed: Mapping[str, tuple[Any, Any]],
   ) -> None:
-    saved = {path: each["shape"] for path, each in described.items()}
-    wanted = {path: each["shape"] for path, each in _describe(target).items()}
-    missing = sorted(wanted.keys() - saved.keys())
-    unknown = sorted(saved.keys() - wanted.keys())
-    reshaped = sorted(
-      path
-      for path in wanted.keys() & saved.keys()
-      if wanted[path] != saved[path]
-    )
-    if not (missing or unknown or reshaped):
-      return
-    differences = [
-      f"{path} {what}"
-      for paths, what in (
-        (missing, "is not in it"),
-        (unknown, "is not wanted"),
-        (reshaped, "has another shape"),
+    differences = record_lib.differences(described, target)
+    if differences:
+      more = len(differences) - 3
+      raise UsageError(
+        f"step {step} in {self.directory} does not fit this run "
+        f"({', '.join(differences[:3])}{f' and {more} more' * (more > 0)}): "
+        f"{record_lib.blame(changed)}; "
+        "go back to the saved values, or take another --workdir"
       )
-      for path in paths
-    ]
-    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    # The broadest fields first: what a whole group hangs on decides the shapes.
-    fields = sorted(changed, key=lambda field: field.count("."))
-    telling = [field for field in fields if not _SHAPELESS.search(field)]
-    options = "; ".join(
-      f"config.{field} was {changed[field][0]!r} and is {changed[field][1]!r}"
-      for field in telling[:3]
-    )
-    raise UsageError(
-      f"step {step} in {self.directory} does not fit this run "
-      f"({', '.join(differences[:3])}{more}): "
-      f"{options or 'the config is the same, so the code has changed'}; "
-      "go back to the saved values, or take another --workdir"
-    )
 
 
 def _lock_for_all(directory: str) -> int | None:
@@ -481,45 +445,8 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
   return handlers
 
 
-def _seal(record: Mapping[str, Any]) -> Mapping[str, Any]:
-  text = json.dumps(record, sort_keys=True)
-  return {"record": text, "crc32": zlib.crc32(text.encode())}
-
-
-def _unseal(sealed: Mapping[str, Any]) -> Mapping[str, Any]:
-  if zlib.crc32(sealed["record"].encode()) != sealed["crc32"]:
-    raise ValueError("its record is damaged")
-  return json.loads(sealed["record"])
-
-
 def _first_line(error: Exception) -> str:
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _describe(
-  tree: Any, sums: Mapping[str, str] | None = None
-) -> dict[str, dict[str, Any]]:
-  """Returns path -> shape, dtype and, if given, checksum."""
-  found = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = leaf_path(path)
-    found[name] = {
-      "shape": list(jnp.shape(leaf)),
-      "dtype": str(leaf.dtype if hasattr(leaf, "dtype") else type(leaf)),
-    } | ({"checksum": sums[name]} if sums else {})
-  return found
-
-
-def _target(described: Mapping[str, Any], sharding: Any) -> Any:
-  shape, name = described["shape"], described["dtype"]
-  if name.startswith("<class"):
-    return 0
-  if name.startswith("key"):
-    key = jax.eval_shape(jax.random.key, 0)
-    dtype = key.dtype
-  else:
-    dtype = jnp.dtype(name)
-  return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
 
 def _cast(leaf: Any, target: Any) -> Any:
@@ -547,21 +474,3 @@ def _is_key(leaf: Any) -> bool:
   return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(
     leaf.dtype, jax.dtypes.prng_key
   )
-
-
-def _flat_config(config: ConfigDict | None) -> dict[str, Any]:
-  if config is None:
-    return {}
-  nested = json.loads(config.to_json_best_effort())
-  return traverse_util.flatten_dict(nested, sep=".")
-
-
-def _changed(
-  saved: Mapping[str, Any], config: ConfigDict | None
-) -> dict[str, tuple[Any, Any]]:
-  present = _flat_config(config)
-  return {
-    field: (saved.get(field), present.get(field))
-    for field in sorted(saved.keys() | present.keys() if present else ())
-    if saved.get(field) != present.get(field)
-  }

@@ -17,7 +17,6 @@ from flax_mechanic.sharding import (
   is_traced,
   on_device,
   parameter_of,
-  state_shardings,
 )
 
 
@@ -72,7 +71,7 @@ class Optimizer(nnx.Optimizer):
     params = nnx.state(model, wrt)
     self.shardings = nnx.static(shardings or _shardings(params))
     self.state_shardings = nnx.static(
-      state_shardings(self.shardings, shard_over, offload)
+      self.shardings.for_state(shard_over, offload)
     )
     self.opt_state = nnx.data(_init(tx, params, self.state_shardings))
     self.step.set_value(self.shardings.place(self.step.get_value()))

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 # jax's name of the memory kind.
-_HOST = "pinned_host"
+HOST = "pinned_host"
 
 
 class PlacedLeaf(NamedTuple):
@@ -99,6 +99,10 @@ class Shardings:
       lambda leaf: _split_over(leaf.sharding, leaf.shape, axes)  # pyrefly: ignore
     )
 
+  def for_state(self, shard_over: Sequence[str], offload: bool) -> Self:
+    """Returns those of a state's leaves that are shaped like parameters."""
+    return dataclasses.replace(self.split_over(shard_over), offload=offload)
+
   def of_state(self, state: Any) -> Any:
     """Returns the shardings of an optimizer's state over these parameters.
 
@@ -114,7 +118,7 @@ class Shardings:
 
     def sharding(value, lies, offloaded):
       del value
-      return lies.with_memory_kind(_HOST) if lies and offloaded else lies
+      return lies.with_memory_kind(HOST) if lies and offloaded else lies
 
     return self._map_state(sharding, state)
 
@@ -216,15 +220,8 @@ def state_sharding(
     >>> shardings[0].trace["w"].spec
     P('data', None)
   """
-  shardings = state_shardings(Shardings.of(params), shard_over, offload)
+  shardings = Shardings.of(params).for_state(shard_over, offload)
   return shardings.of_state(jax.eval_shape(tx.init, params))
-
-
-def state_shardings(
-  shardings: Shardings, shard_over: Sequence[str], offload: bool
-) -> Shardings:
-  """Returns those of a state's leaves that are shaped like parameters."""
-  return dataclasses.replace(shardings.split_over(shard_over), offload=offload)
 
 
 def on_device(tree: Any) -> Any:

@@ -16,7 +16,6 @@ from flax_mechanic.sharding import (
   Shardings,
   is_traced,
   on_device,
-  state_shardings,
 )
 
 
@@ -70,7 +69,7 @@ class TrainState(train_state.TrainState):
         parameters where they are traced and so do not say.
     """
     shardings = fields.setdefault("shardings", Shardings.of(params))
-    of_state = state_shardings(shardings, shard_over, offload)
+    of_state = shardings.for_state(shard_over, offload)
     placing = optax.GradientTransformation(
       functools.partial(of_state.init, tx), tx.update
     )

@@ -16,6 +16,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 @pytest.fixture
+def tpu_compiler():
+  """Skips where TPUs cannot be compiled for.
+
+  The compiler is a large wheel, for Linux alone, so the README's command for
+  the tests, which is for every machine, leaves it out. CI installs it.
+  """
+  pytest.importorskip("libtpu", reason='pip install -e ".[tpu]"')
+
+
+@pytest.fixture
 def x64():
   import jax  # After the environment is set.
 

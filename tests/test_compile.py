@@ -43,13 +43,6 @@ def columns(output):
   }
 
 
-def tpu_or_skip(topology):
-  try:
-    return program.tpu_devices(topology)
-  except ImportError:
-    pytest.skip('no compiler for TPUs here: pip install -e ".[tpu]"')
-
-
 @pytest.mark.slow
 def test_eight_devices_of_a_cpu():
   status, output, error = command(
@@ -128,8 +121,8 @@ def test_help(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 def test_no_such_slice(capsys):
-  tpu_or_skip("v5e:2x2")
   assert compile_lib.main([CONFIG, "--topology=v5e:15x3"]) == 2
   error = capsys.readouterr().err
   assert error.startswith("error: --topology=v5e:15x3 is not one that the comp")
@@ -140,8 +133,9 @@ def test_no_such_slice(capsys):
   ("topology", "chips"),
   [("v4:2x2x1", 4), ("v5p:2x2x2", 8), ("v6e:2x2", 4), ("v5e:4x4", 16)],
 )
+@pytest.mark.usefixtures("tpu_compiler")
 def test_kinds_of_chips(topology, chips):
-  devices = tpu_or_skip(topology)
+  devices = program.tpu_devices(topology)
   assert len(devices) == chips
   config = text.get_config("tiny")
   config.optimizer = "mechanic"
@@ -152,8 +146,9 @@ def test_kinds_of_chips(topology, chips):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "millions"), [("1b", 1310), ("8b", 7787)])
+@pytest.mark.usefixtures("tpu_compiler")
 def test_a_pod_s_memory_is_what_arithmetic_says(variant, millions):
-  devices = tpu_or_skip("v5e:16x16")
+  devices = program.tpu_devices("v5e:16x16")
   config = text.get_config(variant)
   config.optimizer = "mechanic"
   job = make_job(config, devices)
@@ -178,8 +173,9 @@ def test_a_pod_s_memory_is_what_arithmetic_says(variant, millions):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 def test_what_does_not_fit_is_said():
-  devices = tpu_or_skip("v5e:2x2")
+  devices = program.tpu_devices("v5e:2x2")
   config = text.get_config("8b")
   config.batch_size = 4
   column = compile_lib._measure(make_job(config, devices), hbm=16)
@@ -187,8 +183,9 @@ def test_what_does_not_fit_is_said():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
 def test_the_state_in_host_memory_is_counted_there():
-  devices = tpu_or_skip("v5e:2x2")
+  devices = program.tpu_devices("v5e:2x2")
   config = text.get_config("tiny")
   config.model.update(embed_dim=512, mlp_dim=2048)
   config.optimizer = "mechanic"

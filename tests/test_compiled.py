@@ -94,13 +94,11 @@ def test_parameters_made_under_jit_are_known_by_their_annotations():
 @pytest.mark.parametrize(
   "name", [n for n in facts.UPDATES if n != "optax mechanize"]
 )
+@pytest.mark.usefixtures("tpu_compiler")
 def test_bytes_on_v5e(name, shapes, base):
-  chip = facts.v5e()
-  if chip is None:
-    pytest.skip('no compiler for TPUs here: pip install -e ".[tpu]"')
   update = facts.UPDATES[name]
   found = facts.compile_update(
-    update.make(facts.BASES[base](1.0)), shapes, chip, facts.NO_PREFETCH
+    update.make(facts.BASES[base](1.0)), shapes, facts.v5e(), facts.NO_PREFETCH
   )
   unavoidable = facts.BASE_COPIES[base] + update.unavoidable
   assert found.accessed == pytest.approx(unavoidable, abs=0.02)

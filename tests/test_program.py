@@ -47,9 +47,7 @@ def test_a_loop_counts_each_time_round(mesh):
 
   hlo = compiled(loop, mesh, P(None, "x"), P("x", None))
   found = program.collectives(hlo)
-  moved = sum(each.count for each in found.values())
-  assert moved >= 15
-  assert moved % 5 == 0 or moved < 18  # Some may be hoisted out of the loop.
+  assert found["all-reduce"] == (3 * 5, 3 * 5 * 64 * 64 * 4)
 
 
 def test_parts_of_one_collective_count_once_and_started_ones_do():

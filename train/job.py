@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import flax_mechanic
 from flax_mechanic.errors import UsageError
+from flax_mechanic.sharding import HOST
 from train import mesh as mesh_lib
 from train.tasks import Task, make_task
 
@@ -217,7 +218,7 @@ def _shardings(
 
   def sharding(offloaded: bool, lies: NamedSharding | None) -> NamedSharding:
     on_device = NamedSharding(mesh, lies.spec if lies else P())
-    return on_device.with_memory_kind("pinned_host") if offloaded else on_device
+    return on_device.with_memory_kind(HOST) if offloaded else on_device
 
   return nnx.State(
     {

@@ -1,12 +1,11 @@
-"""Any folder of text, byte by byte, and a decoder-only transformer."""
+"""Any folder of text, byte by byte, for a transformer."""
 
 import functools
 import os
 import pathlib
 import sysconfig
 import zlib
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from flax_mechanic.errors import UsageError, did_you_mean
-from train import mesh
-
-_BYTES = 256
+from flax_mechanic.errors import UsageError
+from train.tasks import transformer
 
 # Tests, other people's packages, and folders that are tables more than text.
 _NOT_STDLIB = (
@@ -32,220 +29,6 @@ _NOT_STDLIB = (
   "tests",
   "turtledemo",
 )
-
-
-# (logical axis of the inputs, of the outputs) -> layer.
-Linear = Callable[..., nnx.Linear]
-
-
-# The axis of layers, where blocks are stacked, is not split.
-_LAYERS = {nnx.PARTITION_NAME: None}
-
-
-def _linear(
-  model: ml_collections.ConfigDict,
-  dtype: jax.typing.DTypeLike,
-  rngs: nnx.Rngs,
-) -> Linear:
-  sizes = {
-    "embed": model.embed_dim,
-    "heads": model.embed_dim,
-    "mlp": model.mlp_dim,
-    "vocab": _BYTES,
-  }
-
-  def linear(inputs: str, outputs: str, **options: Any) -> nnx.Linear:
-    return nnx.Linear(
-      sizes[inputs],
-      sizes[outputs],
-      use_bias=False,
-      dtype=dtype,
-      kernel_metadata=mesh.logical(inputs, outputs),
-      rngs=rngs,
-      **options,
-    )
-
-  return linear
-
-
-class SwiGlu(nnx.Module):
-  """down(silu(gate(x)) * up(x)), from https://arxiv.org/abs/2002.05202."""
-
-  def __init__(self, linear: Linear):
-    self.gate = linear("embed", "mlp")
-    self.up = linear("embed", "mlp")
-    self.down = linear("mlp", "embed")
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, embed_dim] to the same."""
-    return self.down(nnx.silu(self.gate(x)) * self.up(x))
-
-
-class Gelu(nnx.Module):
-  """down(gelu(up(x)))."""
-
-  def __init__(self, linear: Linear):
-    self.up = linear("embed", "mlp")
-    self.down = linear("mlp", "embed")
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, embed_dim] to the same."""
-    return self.down(nnx.gelu(self.up(x)))
-
-
-_MLPS = {"swiglu": SwiGlu, "gelu": Gelu}
-_POSITIONS = ("rotary", "learned")
-
-
-def rotate(x: jax.Array) -> jax.Array:
-  """Rotary positions, https://arxiv.org/abs/2104.09864.
-
-  Args:
-    x: queries or keys [B, T, heads, D], D even.
-
-  Returns:
-    `x`, at time t the pair (i, i + D/2) turned by t * 10000^(-2i/D) radians.
-  """
-  _, length, _, dim = x.shape
-  frequency = 10_000.0 ** -(jnp.arange(0, dim, 2) / dim)
-  angle = jnp.arange(length)[:, None, None] * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-  return turned.astype(x.dtype)
-
-
-class Attention(nnx.Module):
-  """Causal multi-head self-attention."""
-
-  def __init__(self, num_heads: int, rotary: bool, linear: Linear):
-    self.num_heads = num_heads
-    self.rotary = rotary
-    self.query = linear("embed", "heads")
-    self.key = linear("embed", "heads")
-    self.value = linear("embed", "heads")
-    self.out = linear("heads", "embed")
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, embed_dim] to the same."""
-    heads = (*x.shape[:2], self.num_heads, -1)
-    q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
-    if self.rotary:
-      q, k = rotate(q), rotate(k)
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-    return self.out(y.reshape(x.shape))
-
-
-class Embed(nnx.Embed):
-  """An embedding whose table is gathered, and not what is looked up in it."""
-
-  def __call__(self, index: jax.Array) -> jax.Array:
-    """Maps integers of any shape to vectors, one more axis at the end."""
-    table = mesh.constrain(self.embedding.get_value(), None, None)
-    return jnp.take(table.astype(self.dtype), index, axis=0)
-
-
-class Block(nnx.Module):
-  """x += attention(norm(x)), then x += mlp(norm(x)), dropout on both."""
-
-  def __init__(
-    self,
-    model: ml_collections.ConfigDict,
-    dtype: jax.typing.DTypeLike,
-    rngs: nnx.Rngs,
-  ):
-    linear = _linear(model, dtype, rngs)
-    norm = functools.partial(nnx.RMSNorm, dtype=dtype, rngs=rngs)
-    self.attention_norm = norm(model.embed_dim)
-    self.attention = Attention(
-      model.num_heads, model.positions == "rotary", linear
-    )
-    self.mlp_norm = norm(model.embed_dim)
-    self.mlp = _MLPS[model.mlp](linear)
-    self.dropout = (
-      nnx.Dropout(model.dropout, rngs=rngs) if model.dropout else None
-    )
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, embed_dim] to the same."""
-    x = x + self._drop(self.attention(self.attention_norm(x)))
-    x = x + self._drop(self.mlp(self.mlp_norm(x)))
-    return mesh.constrain(x, "batch", None, None)
-
-  def _drop(self, x: jax.Array) -> jax.Array:
-    return x if self.dropout is None else self.dropout(x)
-
-
-class Transformer(nnx.Module):
-  """A pre-norm decoder over bytes.
-
-  Args:
-    model: the sizes, `config.model` of configs/text.py.
-    dtype: dtype of the computation; the logits are float32 all the same.
-    rngs: streams "params" and, if model.dropout > 0, "dropout".
-  """
-
-  def __init__(
-    self,
-    model: ml_collections.ConfigDict,
-    *,
-    dtype: jax.typing.DTypeLike,
-    rngs: nnx.Rngs,
-  ):
-    def embed(count: int, axis: str | None) -> Embed:
-      return Embed(
-        count,
-        model.embed_dim,
-        embedding_init=nnx.initializers.normal(0.02),
-        dtype=dtype,
-        embedding_metadata=mesh.logical(axis, "embed"),
-        rngs=rngs,
-      )
-
-    def block(rngs: nnx.Rngs) -> Block:
-      return Block(model, dtype, rngs)
-
-    self.embed = embed(_BYTES, "vocab")
-    self.positions = (
-      embed(model.context_length, None)
-      if model.positions == "learned"
-      else None
-    )
-    self.blocks = (
-      nnx.split_rngs(splits=model.num_layers)(
-        nnx.vmap(block, transform_metadata=_LAYERS)
-      )(rngs)
-      if model.scan_layers
-      else nnx.List(block(rngs) for _ in range(model.num_layers))
-    )
-    self.remat = model.remat
-    self.norm = nnx.RMSNorm(model.embed_dim, dtype=dtype, rngs=rngs)
-    self.head = _linear(model, dtype, rngs)(
-      "embed", "vocab", kernel_init=nnx.initializers.normal(0.02)
-    )
-
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps bytes, integers [B, T], to logits of the next, float32 [B, T, 256].
-
-    T is at most context_length.
-    """
-    x = self.embed(tokens)
-    if self.positions is not None:
-      x = x + self.positions(jnp.arange(tokens.shape[1]))
-    x = mesh.constrain(x, "batch", None, None)
-    run = nnx.remat(Block.__call__) if self.remat else Block.__call__
-    if isinstance(self.blocks, Block):
-      scan = nnx.scan(
-        run,
-        in_axes=(0, nnx.Carry),
-        out_axes=nnx.Carry,
-        transform_metadata=_LAYERS,
-      )
-      x = scan(self.blocks, x)
-    else:
-      for block in self.blocks:
-        x = run(block, x)
-    return self.head(self.norm(x)).astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "length"))
@@ -340,7 +123,7 @@ class Text:
   """
 
   def __init__(self, config: ml_collections.ConfigDict):
-    _check_model(config.model)
+    transformer.check(config.model)
     if config.data.eval_windows < 1:
       raise UsageError(
         f"config.data.eval_windows={config.data.eval_windows} leaves nothing to"
@@ -377,9 +160,9 @@ class Text:
       f" {unigram_entropy(self._held_out):.2f} bits per byte"
     )
 
-  def create_model(self, rngs: nnx.Rngs) -> Transformer:
+  def create_model(self, rngs: nnx.Rngs) -> transformer.Transformer:
     """Returns a new model."""
-    return Transformer(
+    return transformer.Transformer(
       self._config.model,
       dtype=jnp.dtype(self._config.dtype),
       rngs=rngs,
@@ -447,36 +230,12 @@ class Text:
     return data[starts[:, None] + np.arange(self._window)]
 
 
-def _check_model(model: ml_collections.ConfigDict) -> None:
-  for field, names in (("positions", _POSITIONS), ("mlp", _MLPS)):
-    if model[field] not in names:
-      raise UsageError(
-        f"config.model.{field}={model[field]!r} is not known"
-        f"{did_you_mean(model[field], names)}"
-      )
-  sizes = ("num_layers", "num_heads", "embed_dim", "mlp_dim", "context_length")
-  for field in sizes:
-    if model[field] < 1:
-      raise UsageError(f"config.model.{field}={model[field]} must be 1 or more")
-  step = model.num_heads * (2 if model.positions == "rotary" else 1)
-  if model.embed_dim % step:
-    raise UsageError(
-      f"config.model.embed_dim={model.embed_dim} must be a multiple of {step}:"
-      f" {model.num_heads} heads"
-      f"{', each of an even width' if model.positions == 'rotary' else ''}"
-    )
-  if not 0 <= model.dropout < 1:
-    raise UsageError(
-      f"config.model.dropout={model.dropout} must be from 0 to below 1"
-    )
-
-
 def _concatenate(files: Mapping[str, bytes]) -> np.ndarray:
   return np.frombuffer(b"".join(files.values()), np.uint8)
 
 
 def unigram_entropy(data: np.ndarray) -> float:
   """Returns the entropy of the bytes in `data`, uint8 [n], in bits per byte."""
-  counts = np.bincount(data, minlength=_BYTES)
+  counts = np.bincount(data, minlength=transformer.BYTES)
   p = counts[counts > 0] / len(data)
   return float(-(p * np.log2(p)).sum())

@@ -12,6 +12,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.task = ""
   # Of the initial parameters, the order of the data, dropout and samples.
   config.seed = 0
+  # The --workdir of another run, or a folder that Orbax wrote: a new run starts
+  # from its parameters and, where they fit, its optimizer's moments.
+  config.init_from = ""
+  # Leave that optimizer's moments.
+  config.init_params_only = False
   # Steps of the whole run; may be raised on a resume.
   config.num_steps = 1000
   # Examples a step, over all devices and hosts together.

@@ -16,15 +16,18 @@ The rooms, the lowest floor first; each imports from lower ones only:
   stack           what wraps what, and the transformation that it builds
   config          the ml_collections face: `make_optimizer`
   metrics         what was learned, out of a state: `scalars`
-  step            one step of any method, on pure functions
-  optimizer       `Optimizer`, for NNX
-  train_state     `TrainState`, for Linen
   checksum        checksums of arrays, however they are sharded
   record          what a checkpoint tells beside its arrays
   checkpoint      `Checkpointer`, on Orbax
+  adoption        another run's checkpoint as the start: `load_params`, `adopt`
+  step            one step of any method, on pure functions
+  optimizer       `Optimizer`, for NNX
+  train_state     `TrainState`, for Linen
 """
 
 from flax_mechanic import table as _table  # noqa: F401  fills the registry
+from flax_mechanic.adoption import adopt as adopt
+from flax_mechanic.adoption import load_params as load_params
 from flax_mechanic.checkpoint import Checkpointer as Checkpointer
 from flax_mechanic.checkpoint import Restored as Restored
 from flax_mechanic.config import add_optimizer_config as add_optimizer_config

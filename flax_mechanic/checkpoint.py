@@ -375,7 +375,8 @@ class Checkpointer:
         f"step {step} in {self.directory} does not fit this run "
         f"({', '.join(differences[:3])}{f' and {more} more' * (more > 0)}): "
         f"{record_lib.blame(changed)}; "
-        "go back to the saved values, or take another --workdir"
+        "go back to the saved values, or carry over what fits: another "
+        f"--workdir and --config.init_from={self.directory}"
       )
 
 

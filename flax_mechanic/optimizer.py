@@ -1,5 +1,6 @@
 """The nnx.Optimizer integration."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax.nnx import filterlib
 from flax.nnx import optimizer as optimizer_lib
 from jax.sharding import NamedSharding
 
-from flax_mechanic import evaluation, stack, transforms
+from flax_mechanic import adoption, evaluation, stack, transforms
 from flax_mechanic import step as step_lib
 from flax_mechanic.sharding import (
   Shardings,
@@ -194,6 +195,46 @@ class Optimizer(nnx.Optimizer):
     params = nnx.as_pure(nnx.state(model, self.wrt))
     opt_state = self.state_shardings.init(self.tx, params)
     self._write_state(opt_state)
+
+  def init_from(
+    self,
+    model: nnx.Module,
+    directory: str | os.PathLike[str],
+    *,
+    params_only: bool = False,
+  ) -> Sequence[str]:
+    """Starts model and state where another run's checkpoint ended.
+
+    See `flax_mechanic.adopt` for what is carried over. Random state and `step`
+    stay as they are.
+
+    Args:
+      model: the model whose parameters are optimized; updated in place, batch
+        statistics included.
+      directory: a run's --workdir, or a folder that Orbax wrote.
+      params_only: whether to leave the saved optimizer's state.
+
+    Returns:
+      Sentences on what was taken and what starts afresh.
+
+    Raises:
+      UsageError: the model's parameters are not there, have other shapes, or
+        are damaged.
+    """
+
+    def init(params):
+      nnx.update(model, params)
+      optimized = nnx.as_pure(nnx.state(model, self.wrt))
+      return self.state_shardings.init(self.tx, optimized)
+
+    adopted = adoption.adopt(
+      directory,
+      nnx.as_pure(nnx.state(model, nnx.Not(nnx.RngState))),
+      init,
+      params_only=params_only,
+    )
+    self._write_state(adopted.opt_state)
+    return adopted.notes
 
   def _state(self) -> optax.OptState:
     return on_device(nnx.as_pure(self.opt_state))

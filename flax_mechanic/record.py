@@ -22,7 +22,7 @@ _LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
 # Fields that change no shape: how long, how often, and where the state lies.
 _SHAPELESS = re.compile(
   r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"
-  r"|^checkpoint_|^mesh\.|_optimizer_state$"
+  r"|^init_|^checkpoint_|^mesh\.|_optimizer_state$"
 )
 
 

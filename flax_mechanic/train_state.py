@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from flax_mechanic import evaluation, transforms
+from flax_mechanic import adoption, evaluation, transforms
 from flax_mechanic import step as step_lib
 from flax_mechanic.sharding import (
   Shardings,
@@ -167,6 +168,35 @@ class TrainState(train_state.TrainState):
     return self.replace(
       opt_state=self.state_shardings.init(self.tx, self.params)
     )
+
+  def init_from(
+    self, directory: str | os.PathLike[str], *, params_only: bool = False
+  ) -> tuple[Self, Sequence[str]]:
+    """Returns the state started where another run's checkpoint ended.
+
+    See `flax_mechanic.adopt` for what is carried over; other collections, such
+    as batch statistics, are for `flax_mechanic.load_params`.
+
+    Args:
+      directory: a run's --workdir, or a folder that Orbax wrote.
+      params_only: whether to leave the saved optimizer's state.
+
+    Returns:
+      The state, its `step` as it was, and sentences on what was taken and what
+      starts afresh.
+
+    Raises:
+      UsageError: the parameters are not there, have other shapes, or are
+        damaged.
+    """
+    adopted = adoption.adopt(
+      directory,
+      self.params,
+      functools.partial(self.state_shardings.init, self.tx),
+      params_only=params_only,
+    )
+    state = self.replace(params=adopted.params, opt_state=adopted.opt_state)
+    return state, adopted.notes
 
   def _placed(self, **fields: Any) -> Self:
     """Replaces fields, and keeps parameters and state where they belong."""

@@ -32,6 +32,7 @@ from optax import contrib
 from flax_mechanic import make_optimizer
 from flax_mechanic.errors import UsageError
 from train import flags, program
+from train.command import run_command
 from train.job import Job, make_job
 from train.tables import format_table
 
@@ -43,17 +44,7 @@ _MIB = 2**20
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Compiles, prints, and returns the exit status: 2 for bad input."""
-  arguments = sys.argv[1:] if argv is None else argv
-  if not {"-h", "--help"}.isdisjoint(arguments):
-    print((__doc__ or "").strip())
-    return 0
-  try:
-    for line in _report(arguments):
-      print(line, flush=True)
-  except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+  return run_command(__doc__, _report, argv)
 
 
 def _report(arguments: Sequence[str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ whether every array of it has the checksum that it was saved with, and what was
 measured and learned by then.
 """
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import absl.logging
 
 from flax_mechanic.checkpoint import Checkpointer
 from flax_mechanic.errors import UsageError
+from train.command import run_command
 from train.tables import format_table
 
 _FIRST = ("train/loss", "eval/loss", "eval/accuracy", "learning_rate/effective")
@@ -29,22 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0, 1 if a checkpoint is damaged, 2 for bad input.
   """
-  arguments = sys.argv[1:] if argv is None else argv
   absl.logging.set_verbosity(absl.logging.ERROR)
-  if not {"-h", "--help"}.isdisjoint(arguments):
-    print((__doc__ or "").strip())
-    return 0
-  try:
-    problems: list[str] = []
-    for line in _report(arguments, problems):
-      print(line)
-    return 1 if problems else 0
-  except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+  problems: list[str] = []
+  report = functools.partial(_report, problems)
+  return run_command(__doc__, report, argv) or int(bool(problems))
 
 
-def _report(arguments: Sequence[str], problems: list[str]) -> Iterator[str]:
+def _report(problems: list[str], arguments: Sequence[str]) -> Iterator[str]:
   if len(arguments) != 1:
     raise UsageError("type python -m train.inspect DIR, the --workdir of a run")
   given = Path(arguments[0]).expanduser()

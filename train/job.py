@@ -48,6 +48,20 @@ class Job:
   train_step: Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]]
   eval_step: Callable[[nnx.State, Batch], Metrics]
 
+  def init_from(
+    self, directory: str, params_only: bool
+  ) -> tuple[nnx.State, Sequence[str]]:
+    """Returns a new state that starts where another run's checkpoint ended.
+
+    With it come sentences on what was taken and what starts afresh.
+    """
+    objects = nnx.merge(self.graphdef, self.create())
+    notes = objects["optimizer"].init_from(
+      objects["model"], directory, params_only=params_only
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.target)
+    return jax.device_put(nnx.state(objects), shardings), notes
+
   def train_batch(self, step: int) -> Batch:
     """Returns the batch of a step, from 0, on the mesh."""
     load = functools.partial(self.task.train_batch, step)
@@ -71,15 +85,26 @@ class Job:
       size = len(next(iter(batch.values())))
       yield mesh_lib.spread(load, size, self.mesh)
 
+  def eval_model(self, state: nnx.State) -> nnx.Module:
+    """Returns the model to evaluate and export, on automatic axes.
+
+    To be called, and the model as well, under `jax.set_mesh` of `automatic`.
+    """
+    shardings = jax.tree.map(
+      lambda leaf: NamedSharding(self.automatic, leaf.sharding.spec),
+      self.target,
+    )
+    return _eval_model(self.graphdef, jax.device_put(state, shardings))
+
   def report(self, state: nnx.State) -> str:
     """Returns what the task shows at the end of a run."""
-    automatic = _automatic(self.mesh)
-    shardings = jax.tree.map(
-      lambda leaf: NamedSharding(automatic, leaf.sharding.spec), self.target
-    )
-    with jax.set_mesh(automatic):
-      state = jax.device_put(state, shardings)
-      return self.task.report(_eval_model(self.graphdef, state))
+    with jax.set_mesh(self.automatic):
+      return self.task.report(self.eval_model(state))
+
+  @property
+  def automatic(self) -> Mesh:
+    """The mesh as models see it, which do not type their results."""
+    return _automatic(self.mesh)
 
 
 def make_job(

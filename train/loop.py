@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -127,8 +127,10 @@ def train(
 
 def _start(
   job: Job, checkpointer: flax_mechanic.Checkpointer, config: ConfigDict
-) -> tuple[int, nnx.State, list[str]]:
+) -> tuple[int, nnx.State, Sequence[str]]:
   """Returns the step, the state and what to tell of a new or resumed run."""
+  if checkpointer.latest() is None and config.init_from:
+    return 0, *job.init_from(config.init_from, config.init_params_only)
   if checkpointer.latest() is None:
     return 0, job.create(), []
   restored = checkpointer.restore(job.target, config=config)

@@ -1,0 +1,101 @@
+"""`train.init_from` and `train.export`: the job's way in and out."""
+
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from test_train import make_config, metrics
+
+from train import export, loop
+from train.job import make_job
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  """The --workdir of a run of adamw."""
+  folder = tmp_path_factory.mktemp("source")
+  loop.train(make_config(optimizer="adamw", learning_rate=1e-2), folder)
+  return folder
+
+
+def evaluate(job, state):
+  losses = [job.eval_step(state, batch) for batch in job.eval_batches()]
+  return float(np.mean([loss["eval/loss"] for loss in losses]))
+
+
+@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
+def test_a_run_starts_from_another_on_another_mesh(source, axis_type):
+  config = make_config(
+    mesh__data=2,
+    mesh__fsdp=4,
+    mesh__axis_type=axis_type,
+    shard_optimizer_state=True,
+    offload_optimizer_state=True,
+  )
+  job = make_job(config)
+  with jax.set_mesh(job.mesh):
+    state, notes = job.init_from(str(source), params_only=False)
+    loss = evaluate(job, state)
+    assert notes[1].startswith("of its optimizer count, mu, nu; afresh")
+    jax.tree.map(
+      lambda leaf, target: (
+        (leaf.sharding == target.sharding and leaf.dtype == target.dtype)
+        or pytest.fail(f"{leaf.sharding} is not {target.sharding}")
+      ),
+      state,
+      job.target,
+    )
+    mu = state["optimizer"]["opt_state"]["base_optimizer_state"]["inner_state"]
+    assert np.any(np.asarray(jax.tree.leaves(mu)[1]))
+    for step in range(2):
+      state, _ = job.train_step(state, job.train_batch(step))
+    assert job.train_step._cache_size() == 1
+  assert loss == pytest.approx(metrics(source)[-1]["eval/loss"], rel=1e-5)
+
+
+def test_a_run_that_started_from_another_resumes(source, tmp_path, capsys):
+  other = shutil.copytree(source, tmp_path / "other")
+  fields = {"init_from": str(other), "num_steps": 10}
+  loop.train(make_config(**fields), tmp_path / "run")
+  output = capsys.readouterr().out
+  assert f"starting from {other}/checkpoints/30\n" in output
+  shutil.rmtree(other)
+  loop.train(make_config(**fields | {"num_steps": 20}), tmp_path / "run")
+  assert "at step 10" in capsys.readouterr().out
+  assert metrics(tmp_path / "run")[-1]["step"] == 20
+
+
+def test_only_parameters(source, tmp_path, capsys):
+  fields = {"init_from": str(source), "init_params_only": True}
+  loop.train(make_config(**fields, num_steps=10), tmp_path)
+  assert "of its optimizer" not in capsys.readouterr().out
+
+
+def test_a_plain_job_loads_what_is_exported(tmp_path, capsys):
+  config = make_config(optimizer="schedule_free", mesh__fsdp=8, mesh__data=1)
+  loss = loop.train(config, tmp_path / "run")["eval/loss"]
+  out = tmp_path / "out"
+  assert export.main([str(tmp_path / "run"), str(out)]) == 0
+  task = make_job(config).task
+  model = task.create_model(nnx.Rngs(1))
+  state = nnx.state(model, nnx.Not(nnx.RngState))
+  nnx.update(model, ocp.StandardCheckpointer().restore(out, state))
+  model.eval()
+  losses = [task.loss(model, batch)[0] for batch in task.eval_batches()]
+  # The average that schedule_free evaluates, not what it trains.
+  assert float(np.mean(losses)) == pytest.approx(loss, rel=1e-5)
+  capsys.readouterr()
+  assert export.main([str(tmp_path / "run"), str(out)]) == 2
+  assert "is there already; name a new folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, capsys):
+  for arguments, words in (
+    ([], "type python -m train.export DIR OUT"),
+    ([str(tmp_path), str(tmp_path / "out")], "holds no checkpoints; type"),
+  ):
+    assert export.main(arguments) == 2
+    assert words in capsys.readouterr().err

@@ -101,8 +101,8 @@ def adopt(
   notes = [f"starting from {saved.name}"]
   opt_state = init(params)
   if not params_only:
-    opt_state, taken = _load_opt_state(saved, params, opt_state)
-    notes += taken
+    opt_state, told = _load_opt_state(saved, params, opt_state)
+    notes.append(told)
   return Adopted(params, opt_state, notes)
 
 
@@ -289,20 +289,18 @@ def _prefix(saved: _Saved, wanted: Mapping[str, Any]) -> str:
 
 def _load_opt_state(
   saved: _Saved, params: optax.Params, opt_state: optax.OptState
-) -> tuple[optax.OptState, list[str]]:
+) -> tuple[optax.OptState, str]:
   """Returns a state with what is found of it, and what to tell of that."""
   leaves, parameters = _by_path(opt_state), _by_path(params)
   here, there = _states(leaves, parameters), _states(saved.shapes, parameters)
   values: dict[str, jax.Array] = {}
-  taken, afresh, notes = set(), set(), []
+  taken, afresh = set(), set()
   for node, fields in here.items():
     if not fields.keys() >= _TUNER and not _holds_parameters(fields):
       continue  # A schedule's count, an injected learning rate.
     source = _counterpart(node, here, there, leaves, saved.shapes)
     if source is None:
       afresh |= fields.keys()
-      if fields.keys() >= _TUNER:
-        notes += _learned(saved, there, leaves[fields["s"][""]])
       continue
     taken |= fields.keys()
     if fields.keys() >= _TUNER:
@@ -321,7 +319,7 @@ def _load_opt_state(
   told = f"of its optimizer {', '.join(sorted(taken)) or 'nothing fits'}"
   if afresh - taken:
     told += f"; afresh are {', '.join(sorted(afresh - taken))}"
-  return found, [told, *notes]
+  return found, told
 
 
 def _states(
@@ -417,7 +415,9 @@ def _tuner(
   wanted = {path: leaves[mine] for mine, path in numbers.items()}
   loaded = saved.load(wanted | offsets)
   values = {mine: loaded[path] for mine, path in numbers.items()}
-  S = values.setdefault(fields["scale"][""], jnp.sum(values[fields["s"][""]]))
+  S = values.setdefault(
+    fields["scale"][""], jnp.sum(values[fields["s"][""]], -1)
+  )
   for field, other in (("x0", "delta"), ("delta", "x0")):
     for key, mine in fields.get(field, {}).items():
       path = source.get(field, {}).get(key)
@@ -430,17 +430,6 @@ def _tuner(
         value.astype(leaves[mine].dtype), leaves[mine].sharding
       )
   return values
-
-
-def _learned(saved: _Saved, there: _States, like: jax.Array) -> list[str]:
-  """Says which scale a tuner that is not taken had learned."""
-  paths = [each["s"][""] for each in there.values() if each.keys() >= _TUNER]
-  scales = [jnp.sum(saved.load({path: like})[path]) for path in paths]
-  return [
-    "its tuner had another base or number of betas; the scale that it had "
-    f"learned is kept by --config.opt.mechanic.s_init={scale:.3g}"
-    for scale in scales
-  ]
 
 
 def _reckon(

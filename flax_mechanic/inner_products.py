@@ -1,10 +1,10 @@
-"""Mechanic's four inner products: one pass over memory, one all-reduce."""
+"""Mechanic's inner products: one pass over memory, one all-reduce."""
 
 import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,13 @@ from jax.sharding import PartitionSpec as P
 
 from flax_mechanic.sharding import Shardings, leaf_path
 
-# The four sums, or four arrays whose sums they are.
-Four = tuple[jax.Array, ...]
+# A sum for each pair, or arrays whose sums they are.
+Sums = tuple[jax.Array, ...]
 # A leaf of g, of x and of delta.
 Leaf = tuple[jax.Array, jax.Array, jax.Array]
+
+# Which products of g, x and d, that is delta.
+PAIRS = ("gg", "xx", "gd", "xd")
 
 # Terms of the inner of two sums on a CPU.
 _ROW = 4096
@@ -29,11 +32,14 @@ def inner_products(
   delta: optax.Params,
   dtype: jnp.dtype,
   shardings: Shardings | None = None,
-) -> Four:
+  *,
+  groups: Sequence[int] | None = None,
+  pairs: Sequence[str] = PAIRS,
+) -> Sums:
   """Returns |g|^2, |x|^2, Re <g, delta> and Re <x, delta>.
 
   Where a leaf's placement is known, each device sums what it holds, and one
-  all-reduce of four numbers adds that up for all such leaves, however they are
+  all-reduce of a few numbers adds that up for all such leaves, however they are
   sharded. On an Explicit mesh the placement is in the types; on an Auto mesh
   `shardings` has to say it. Other leaves are left to the partitioner, which
   makes an all-reduce for each kind of placement.
@@ -44,18 +50,50 @@ def inner_products(
     delta: likewise.
     dtype: of the sums.
     shardings: of the leaves of `x`.
+    groups: the group of each leaf, from 0; by default there is one, and the
+      sums are scalars. With groups they have shape [groups].
+    pairs: which products, such as ("gd", "dd").
   """
+  products = _Products(tuple(pairs), dtype)
   leaves = list(zip(*map(jax.tree.leaves, (g, x, delta)), strict=True))
+  members = [0] * len(leaves) if groups is None else groups
+  count = max(members, default=0) + 1
+
+  def split(indices: Sequence[int]) -> list[list[int]]:
+    """Returns positions in `indices`, by group."""
+    return [
+      [k for k, i in enumerate(indices) if members[i] == group]
+      for group in range(count)
+    ]
+
   placed, rest = _by_placement(x, shardings)
   others = [leaves[i] for i in rest]
   # The partitioner would gather what a CPU's variadic reductions read.
   alone = jax.device_count() == 1
   sum_others = _sum_for_backend if alone else _sum_one_by_one
-  sums = [sum_others(others, [1.0] * len(others), dtype)]
+  sums = [
+    [
+      sum_others([others[k] for k in group], [1.0] * len(group), products)
+      for group in split(rest)
+    ]
+  ]
   for mesh, specs in placed.items():
     held = [leaves[i] for i in specs]
-    sums.append(_sum_on_mesh(held, mesh, list(specs.values()), dtype))
-  return _add(sums, dtype)
+    of_group = split(list(specs))
+    sums.append(
+      _sum_on_mesh(held, mesh, list(specs.values()), of_group, products)
+    )
+  totals = [_add(each, products) for each in zip(*sums, strict=True)]
+  if groups is None:
+    return totals[0]
+  return tuple(map(jnp.stack, zip(*totals, strict=True)))
+
+
+class _Products(NamedTuple):
+  """Which products, and of which dtype; static."""
+
+  pairs: tuple[str, ...]
+  dtype: jnp.dtype
 
 
 def _by_placement(tree: Any, shardings: Shardings | None) -> Any:
@@ -77,72 +115,94 @@ def _by_placement(tree: Any, shardings: Shardings | None) -> Any:
 
 
 def _sum_on_mesh(
-  leaves: Sequence[Leaf], mesh: Any, specs: Sequence[P], dtype: jnp.dtype
-) -> Four:
-  """Returns the four sums over leaves of one mesh, whose specs are known."""
+  leaves: Sequence[Leaf],
+  mesh: Any,
+  specs: Sequence[P],
+  of_group: Sequence[Sequence[int]],
+  products: _Products,
+) -> list[Sums]:
+  """Returns each group's sums over leaves of one mesh, whose specs are known.
 
-  def copies(spec: P) -> int:
+  Args:
+    leaves: of the mesh.
+    mesh: the mesh.
+    specs: of the leaves.
+    of_group: positions in `leaves`, by group.
+    products: which.
+  """
+
+  def weight(spec: P) -> float:
     axes = jax.tree.leaves(tuple(spec))
-    return mesh.size // math.prod(mesh.shape[axis] for axis in axes)
+    return math.prod(mesh.shape[axis] for axis in axes) / mesh.size
 
   def sum_local(*leaves: Leaf) -> jax.Array:
-    weights = [1 / copies(spec) for spec in specs]
-    sums = _sum_for_backend(leaves, weights, dtype)
-    return jax.lax.psum(jnp.stack(sums), mesh.axis_names)
+    sums = [
+      jnp.stack(
+        _sum_for_backend(
+          [leaves[k] for k in group],
+          [weight(specs[k]) for k in group],
+          products,
+        )
+      )
+      for group in of_group
+    ]
+    return jax.lax.psum(jnp.concatenate(sums), mesh.axis_names)
 
   in_specs = tuple((spec,) * 3 for spec in specs)
-  return tuple(
-    jax.shard_map(
-      sum_local, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False
-    )(*leaves)
-  )
+  flat = jax.shard_map(
+    sum_local, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False
+  )(*leaves)
+  size = len(products.pairs)
+  return [
+    tuple(flat[i * size + k] for k in range(size)) for i in range(len(of_group))
+  ]
 
 
 def _sum_for_backend(
-  leaves: Sequence[Leaf], weights: Sequence[float], dtype: jnp.dtype
-) -> Four:
-  """Returns the four weighted sums over leaves that lie on this device.
+  leaves: Sequence[Leaf], weights: Sequence[float], products: _Products
+) -> Sums:
+  """Returns the weighted sums over leaves that lie on this device.
 
-  Four reductions merge into one pass on TPU and GPU, but not on a CPU, where
-  one reduction of four operands does.
+  Several reductions merge into one pass on TPU and GPU, but not on a CPU, where
+  one reduction of several operands does.
   """
   if not leaves:
-    return _add([], dtype)
+    return _add([], products)
   choices = {
-    name: functools.partial(f, weights=weights, dtype=dtype)
+    name: functools.partial(f, weights=weights, products=products)
     for name, f in (("cpu", _sum_at_once), ("default", _sum_one_by_one))
   }
   return jax.lax.platform_dependent(leaves, **choices)
 
 
 def _sum_one_by_one(
-  leaves: Sequence[Leaf], weights: Sequence[float], dtype: jnp.dtype
-) -> Four:
+  leaves: Sequence[Leaf], weights: Sequence[float], products: _Products
+) -> Sums:
   sums = [
-    tuple(w * jnp.sum(product) for product in _products(*leaf, dtype=dtype))
+    tuple(w * jnp.sum(each) for each in _multiply(*leaf, products=products))
     for leaf, w in zip(leaves, weights, strict=True)
   ]
-  return _add(sums, dtype)
+  return _add(sums, products)
 
 
 def _sum_at_once(
-  leaves: Sequence[Leaf], weights: Sequence[float], dtype: jnp.dtype
-) -> Four:
+  leaves: Sequence[Leaf], weights: Sequence[float], products: _Products
+) -> Sums:
   """Sums in two levels, since a flat float32 sum of 50M values is 14% wrong."""
   partial = [
     [w * part for part in sums]
     for leaf, w in zip(leaves, weights, strict=True)
-    for sums in _row_sums(*leaf, dtype=dtype)
+    for sums in _row_sums(*leaf, products=products)
   ]
   return _reduce(map(jnp.concatenate, zip(*partial, strict=True)))
 
 
 # Traced once for all leaves of a shape.
-@functools.partial(jax.jit, static_argnames="dtype", inline=True)
+@functools.partial(jax.jit, static_argnames="products", inline=True)
 def _row_sums(
-  g: jax.Array, x: jax.Array, delta: jax.Array, *, dtype: jnp.dtype
-) -> list[Four]:
-  """Returns four vectors of sums over rows, and those over what is left."""
+  g: jax.Array, x: jax.Array, delta: jax.Array, *, products: _Products
+) -> list[Sums]:
+  """Returns vectors of sums over rows, and those over what is left."""
   flat = [part.reshape(-1) for part in (g, x, delta)]
   whole = flat[0].size // _ROW * _ROW
   sums = []
@@ -150,16 +210,17 @@ def _row_sums(
     # Two terms at a time, since an addition waits for the one before it.
     pairs = [part[:whole].reshape(-1, _ROW // 2, 2) for part in flat]
     even, odd = (
-      _products(*(part[..., i] for part in pairs), dtype=dtype) for i in (0, 1)
+      _multiply(*(part[..., i] for part in pairs), products=products)
+      for i in (0, 1)
     )
     sums.append(_reduce(map(operator.add, even, odd)))
   if whole < flat[0].size:
     rest = [part[whole:].reshape(1, -1) for part in flat]
-    sums.append(_reduce(_products(*rest, dtype=dtype)))
+    sums.append(_reduce(_multiply(*rest, products=products)))
   return sums
 
 
-def _reduce(operands: Iterable[jax.Array]) -> Four:
+def _reduce(operands: Iterable[jax.Array]) -> Sums:
   """Returns the sums over the last axis, of all operands in one loop."""
   operands = tuple(operands)
   zeros = tuple(jnp.zeros([], operand.dtype) for operand in operands)
@@ -167,17 +228,18 @@ def _reduce(operands: Iterable[jax.Array]) -> Four:
   return tuple(jax.lax.reduce(operands, zeros, add, [operands[0].ndim - 1]))
 
 
-@functools.partial(jax.jit, static_argnames="dtype", inline=True)
-def _products(
-  g: jax.Array, x: jax.Array, delta: jax.Array, *, dtype: jnp.dtype
-) -> Four:
-  real = lambda a, b: jnp.real(a * jnp.conj(b)).astype(dtype)
-  return real(g, g), real(x, x), real(g, delta), real(x, delta)
+@functools.partial(jax.jit, static_argnames="products", inline=True)
+def _multiply(
+  g: jax.Array, x: jax.Array, delta: jax.Array, *, products: _Products
+) -> Sums:
+  factors = {"g": g, "x": x, "d": delta}
+  real = lambda a, b: jnp.real(a * jnp.conj(b)).astype(products.dtype)
+  return tuple(real(factors[a], factors[b]) for a, b in products.pairs)
 
 
-def _add(sums: Iterable[Four], dtype: jnp.dtype) -> Four:
+def _add(sums: Iterable[Sums], products: _Products) -> Sums:
   # Scalar by scalar: stacked for each leaf, XLA does not merge all-reduces.
-  total = (jnp.zeros([], dtype),) * 4
-  for four in sums:
-    total = tuple(map(operator.add, total, four))
+  total = (jnp.zeros([], products.dtype),) * len(products.pairs)
+  for each in sums:
+    total = tuple(map(operator.add, total, each))
   return total

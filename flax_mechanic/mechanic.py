@@ -12,7 +12,8 @@ After:
   tx = mechanize(optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1.0, ...)))
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic.guard import guarded_update
-from flax_mechanic.inner_products import inner_products
-from flax_mechanic.sharding import Shardings
+from flax_mechanic.inner_products import PAIRS, inner_products
+from flax_mechanic.sharding import Shardings, leaf_path
 
 
 class MechanicState(NamedTuple):
@@ -42,6 +43,11 @@ class MechanicState(NamedTuple):
     grad_norm: running mean of the gradient's norm, scalar; 0 at the start.
     scale: S as the parameters have it, x = x0 + scale Delta, scalar; the sum of
       s, except with `delayed_scale`.
+    s_init: the initial scale, scalar; with `relative_s_init` inf until the base
+      has made an update.
+
+  With groups, a row of r, m, v and s and an entry of scale and s_init is that
+  of a group: [groups, num_betas] and [groups].
   """
 
   base_optimizer_state: optax.OptState
@@ -55,6 +61,7 @@ class MechanicState(NamedTuple):
   skipped: jax.Array
   grad_norm: jax.Array
   scale: jax.Array
+  s_init: jax.Array
 
 
 class _Rule(NamedTuple):
@@ -109,8 +116,10 @@ def mechanize(
   spike_factor: jax.typing.ArrayLike | None = None,
   x0_dtype: jax.typing.DTypeLike | None = None,
   delayed_scale: bool = False,
+  relative_s_init: float = 0.0,
+  groups: str | Callable[[str], Hashable] = "",
 ) -> optax.GradientTransformationExtraArgs:
-  """Learns the scale of `base_optimizer`'s updates, that is its learning rate.
+  r"""Learns the scale of `base_optimizer`'s updates, that is its learning rate.
 
   Takes `optax.contrib.mechanize`'s arguments in its order and by default
   computes the same sequence to rounding. Beyond it:
@@ -165,6 +174,18 @@ def mechanize(
       are NaN or too large to be squared count as 0, and the tuner skips the
       step, which `skipped` counts; the base does not. XLA:GPU cannot write the
       parameters in place in that pass: donated, they are copied once more.
+    relative_s_init: rho; if not 0, the initial scale is the one with which an
+      update moves the parameters by a fraction rho, rho (1 + |x|) / |u|, in
+      place of `s_init`: the smallest so far, |u| being |Delta| / sqrt(count).
+      It saves the steps in which s grows from 1e-6. `weight_decay` then bounds
+      S in units of that scale (1e-4 is good), so that all is the same whatever
+      the base's learning rate. 0.01 is good, 0.003 to 0.03 nearly the same.
+    groups: which leaves share a scale. Each group has a tuner of its own, which
+      sees a problem in its own variable, S_group, and so keeps the algorithm's
+      guarantee for it. A regular expression, searched in a leaf's path: leaves
+      with equal matches are a group, and so are all that do not match. "" is
+      one group, ".*" one a leaf, r"blocks/\d+" one a block; or a function,
+      path -> label.
 
   Returns:
     A transformation whose state is a `MechanicState`. Its `update` wants
@@ -206,6 +227,10 @@ def mechanize(
     raise ValueError(
       f"x0_dtype={x0_dtype!r} must be a type of floats, such as 'bfloat16'"
     )
+  if not 0 <= relative_s_init < float("inf"):
+    raise ValueError(
+      f"relative_s_init={relative_s_init} must be above 0, or 0 for s_init"
+    )
   if betas is None:
     betas = [1.0 - 0.1**i for i in range(1, num_betas + 1)]
   if s_decay is not None:
@@ -230,7 +255,9 @@ def mechanize(
 
   def init(params: optax.Params) -> MechanicState:
     dtype = _tuner_dtype(params)
-    full = lambda value: jnp.full([len(betas)], value, dtype)
+    members = _members(groups, params)
+    shape = () if members is None else (max(members, default=-1) + 1,)
+    full = lambda value: jnp.full([*shape, len(betas)], value, dtype)
     s = full(rule.s_start) * jnp.asarray(s_init, dtype)
     return MechanicState(
       base_optimizer_state=base_optimizer.init(
@@ -259,19 +286,23 @@ def mechanize(
       ),
       skipped=jnp.zeros([], jnp.int32),
       grad_norm=jnp.zeros([], dtype),
-      scale=jnp.sum(s),
+      scale=jnp.sum(s, -1),
+      s_init=jnp.full(shape, jnp.inf if relative_s_init else s_init, dtype),
     )
 
-  def tune(state: MechanicState, h: jax.Array) -> MechanicState:
-    """Returns the state with r, m, v and s moved by h, a scalar."""
+  def tune(
+    state: MechanicState, h: jax.Array, start: jax.typing.ArrayLike
+  ) -> MechanicState:
+    """Returns the state with r, m, v and s moved by h, for an initial scale."""
     beta = jnp.asarray(betas, h.dtype)
+    h, start = h[..., None], jnp.asarray(start, h.dtype)[..., None]
     m = jnp.maximum(beta * state.m, jnp.abs(h) + rule.m_eps * eps)
     v = beta**2 * state.v + h**2
     loss = jnp.clip(h, -state.m, state.m) if rule.clips else h
     r = beta * state.r - loss * state.s
     if rule.clamps:
       r = jnp.maximum(r, 0.0)
-    wealth = jnp.asarray(s_init, h.dtype) / len(betas) * m + jnp.maximum(r, 0.0)
+    wealth = start / len(betas) * m + jnp.maximum(r, 0.0)
     s = wealth / (jnp.sqrt(v) + eps)
     return state._replace(r=r, m=m, v=v, s=s)
 
@@ -290,21 +321,21 @@ def mechanize(
     dtype = state.s.dtype
     first = state.count == 0
     x0 = _reference_point(first, params, state.x0)
-    # x is x0 + S Delta; recovered from it, Delta is (x - x0) / reach, and so
-    # optax's rule has it shrink by S / reach every step.
-    S = state.scale
-    reach = S if store_delta and variant != "optax" else S + eps
-    shrink = 1.0 if reach is S else S / reach
+    # x is x0 + S Delta; recovered from it, Delta is (x - x0) / (S + pad), and
+    # so optax's rule has it shrink every step.
+    pad = 0.0 if store_delta and variant != "optax" else eps
+    members = _members(groups, params)
+    S = _spread(state.scale, members, params)
 
-    def exact_x(x, x0, delta):
+    def exact_x(x, x0, delta, S):
       if _absent(x0) or _absent(delta):
         return _wide(x, dtype)
       return _wide(x0, dtype) + S * delta
 
-    def last_delta(x, x0, delta):
+    def last_delta(x, x0, delta, S):
       if not _absent(delta):
-        return shrink * delta
-      moved = (_wide(x, dtype) - _wide(x0, dtype)) / reach
+        return delta * (S / (S + pad) if pad else 1.0)
+      moved = (_wide(x, dtype) - _wide(x0, dtype)) / (S + pad)
       return moved if x.dtype == x0.dtype else jnp.where(first, 0.0, moved)
 
     g = _map(
@@ -312,8 +343,8 @@ def mechanize(
       params,
       updates,
     )
-    x = _map(exact_x, params, x0, state.delta)
-    delta = _map(last_delta, params, x0, state.delta)
+    x = _map(exact_x, params, x0, state.delta, S)
+    delta = _map(last_delta, params, x0, state.delta, S)
     base_update = lambda g, base_state, x: base_optimizer.update(
       g, base_state, x, **extra_args
     )
@@ -324,48 +355,63 @@ def mechanize(
     if rule.decays_after_base:
       u, _ = base_update(g, state.base_optimizer_state, x)
       decayed = _map(jnp.add, x, u)
-    gg, xx, gd, xd = inner_products(g, decayed, delta, dtype, shardings)
-    norm_g = jnp.sqrt(gg)
-    h = gd + weight_decay * S * norm_g / (jnp.sqrt(xx) + eps) * xd
-    tuned = tune(state, h)
+    gg, xx, gd, xd, *dd = inner_products(
+      g,
+      decayed,
+      delta,
+      dtype,
+      shardings,
+      groups=members,
+      pairs=(*PAIRS, "dd") if relative_s_init else PAIRS,
+    )
+    decay, start, known = weight_decay * state.scale, s_init, state.s_init
+    if relative_s_init:
+      decay /= known
+      steps = jnp.maximum(state.count, 1).astype(dtype)
+      start = relative_s_init * (1 + jnp.sqrt(xx)) * jnp.sqrt(steps / dd[0])
+      known = jnp.minimum(known, jnp.where(dd[0] > 0, start, jnp.inf))
+      start = jnp.where(jnp.isinf(known), s_init, known)
+    h = gd + decay * jnp.sqrt(gg) / (jnp.sqrt(xx) + eps) * xd
+    tuned = tune(state, h, start)
 
-    finite = jnp.isfinite(norm_g) & jnp.isfinite(h)
+    norm_g = jnp.sqrt(jnp.sum(gg))
+    finite = jnp.isfinite(norm_g) & jnp.all(jnp.isfinite(h))
     usual = jnp.asarray(jnp.inf, dtype)
     if skips_spikes:
       mean = state.grad_norm
       usual = jnp.where(mean > 0, spike_factor * mean, jnp.inf)
     ok = finite & (norm_g <= usual)
     if delayed_scale:
-      new_S = jnp.where(first, s_init, jnp.sum(state.s)).astype(dtype)
+      new_scale = jnp.where(first, s_init, jnp.sum(state.s, -1)).astype(dtype)
       hold = lambda new, old: new
       u, base_state = base_update(
         _map(_squarable, g), state.base_optimizer_state, x
       )
     else:
       # Or XLA:CPU computes the scalars anew in each leaf's fusion (jax 0.12).
-      ok, new_S = jax.lax.optimization_barrier((ok, jnp.sum(tuned.s)))
+      ok, new_scale = jax.lax.optimization_barrier((ok, jnp.sum(tuned.s, -1)))
       hold = lambda new, old: jnp.where(ok, new, old)
       u, base_state = guarded_update(
         base_update, hold, g, state.base_optimizer_state, x
       )
 
-    def next_delta(x, delta, u, g):
+    def next_delta(x, delta, u, g, S):
       if _absent(delta) or g is None:
         return delta
-      return hold(shrink * delta + u, delta)
+      return hold(last_delta(x, x, delta, S) + u, delta)
 
-    new_delta = _map(next_delta, params, state.delta, u, updates)
+    new_delta = _map(next_delta, params, state.delta, u, updates, S)
 
-    def step(x, x0, new_delta, u, g):
+    def step(x, x0, new_delta, u, g, S, new_S):
       if g is None:
         return jnp.zeros_like(x)
       if _absent(x0):
         # new_S Delta_{t+1} - S Delta_t without Delta_t, which is overwritten.
-        moved = (new_S - reach) * new_delta + reach * u
+        moved = (new_S - (S + pad)) * new_delta + (S + pad) * u
       elif _absent(new_delta):
         # Written the other way round than in `last_delta`, so that XLA has
         # nothing to share between the two passes and so to write out.
-        back = (_wide(x0, dtype) - _wide(x, dtype)) / reach
+        back = (_wide(x0, dtype) - _wide(x, dtype)) / (S + pad)
         if x.dtype != x0.dtype:
           back = jnp.where(first, 0.0, back)
         moved = _wide(x0, dtype) + new_S * (u - back) - _wide(x, dtype)
@@ -376,7 +422,16 @@ def mechanize(
 
     keep = lambda new, old: jnp.where(ok, new, old)
     return (
-      _map(step, params, x0, new_delta, u, updates),
+      _map(
+        step,
+        params,
+        x0,
+        new_delta,
+        u,
+        updates,
+        S,
+        _spread(new_scale, members, params),
+      ),
       MechanicState(
         base_optimizer_state=base_state,
         count=hold(jnp.asarray(optax.safe_increment(state.count)), state.count),
@@ -392,7 +447,8 @@ def mechanize(
           _mean_norm(state.grad_norm, jnp.minimum(norm_g, usual)),
           state.grad_norm,
         ),
-        scale=hold(new_S, S),
+        scale=hold(new_scale, state.scale),
+        s_init=keep(known, state.s_init),
       ),
     )
 
@@ -413,6 +469,36 @@ def _reference_point(
   # Or XLA:TPU widens a low-precision x0 in the conditional and so writes it out
   # in float32 (libtpu 0.0.51).
   return jax.lax.optimization_barrier(x0)
+
+
+def _members(
+  groups: str | Callable[[str], Hashable], params: optax.Params
+) -> list[int] | None:
+  """Returns the group of each leaf, from 0; None if there is but one group."""
+  if not groups:
+    return None
+  paths = [
+    leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  ]
+  if callable(groups):
+    labels = [groups(path) for path in paths]
+  else:
+    found = (re.search(groups, path) for path in paths)
+    labels = [match and match.group() for match in found]
+  numbers = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+  return [numbers[label] for label in labels]
+
+
+def _spread(
+  values: jax.Array, members: Sequence[int] | None, params: optax.Params
+) -> Any:
+  """Returns a tree like `params` of each leaf's entry in its group's values."""
+  leaves, treedef = jax.tree.flatten(params)
+  return treedef.unflatten(
+    [values] * len(leaves)
+    if members is None
+    else [values[group] for group in members]
+  )
 
 
 def _is_float(dtype: jax.typing.DTypeLike) -> bool:

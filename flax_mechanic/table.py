@@ -11,11 +11,16 @@ from flax_mechanic.registry import default_options, register
 
 
 def _mechanic_scalars(state):
-  return {
-    "mechanic/scale": state.scale,
+  scale = jnp.mean(state.scale)
+  found = {
+    "mechanic/scale": scale,
     "mechanic/skipped": state.skipped,
-    "learning_rate": state.scale,
+    "learning_rate": scale,
   }
+  if state.scale.ndim:
+    found["mechanic/scale_min"] = jnp.min(state.scale)
+    found["mechanic/scale_max"] = jnp.max(state.scale)
+  return found
 
 
 def _optax_mechanic_scalars(state):
@@ -35,6 +40,11 @@ register(
       store_delta=bool,
       spike_factor=float,
       x0_dtype=str,
+      # Better than the drop-in's on every task of `train.sweep`.
+      relative_s_init=0.01,
+      weight_decay=1e-4,
+      eps=1e-20,
+      groups=".*",
     ),
   },
   tuned=False,

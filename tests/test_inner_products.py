@@ -23,6 +23,8 @@ SPECS = {
   "empty": ((0, 4), P()),
 }
 
+PRODUCTS = lib._Products(lib.PAIRS, jnp.dtype("float32"))
+
 
 def trees(dtype=np.float32):
   rng = np.random.default_rng(0)
@@ -98,9 +100,9 @@ def test_both_ways_to_sum_weigh_the_leaves(f):
     w * np.array(expected(*leaf))
     for leaf, w in zip(leaves, weights, strict=True)
   )
-  sums = jax.jit(
-    functools.partial(f, weights=weights, dtype=jnp.dtype("float32"))
-  )(leaves)
+  sums = jax.jit(functools.partial(f, weights=weights, products=PRODUCTS))(
+    leaves
+  )
   np.testing.assert_allclose(sums, wanted, rtol=1e-5)
 
 
@@ -109,9 +111,7 @@ def test_a_long_sum_is_accurate():
   n = 3 * 2**24
   leaf = (jnp.ones(n),) * 3
   sums = jax.jit(
-    functools.partial(
-      lib._sum_at_once, weights=[1.0], dtype=jnp.dtype("float32")
-    )
+    functools.partial(lib._sum_at_once, weights=[1.0], products=PRODUCTS)
   )([leaf])
   np.testing.assert_allclose(sums, [n] * 4, rtol=1e-6)
 

@@ -43,8 +43,8 @@ class MechanicState(NamedTuple):
     grad_norm: running mean of the gradient's norm, scalar; 0 at the start.
     scale: S as the parameters have it, x = x0 + scale Delta, scalar; the sum of
       s, except with `delayed_scale`.
-    s_init: the initial scale, scalar; with `relative_s_init` inf until the base
-      has made an update.
+    s_init: the initial scale, scalar; with `relative_s_init` 0 until the base
+      has moved the parameters.
 
   With groups, a row of r, m, v and s and an entry of scale and s_init is that
   of a group: [groups, num_betas] and [groups].
@@ -101,6 +101,12 @@ _WIDE = (jnp.float32, jnp.float64)
 _NORM_DECAY = 0.9
 _SPIKE_FACTOR = 1000.0
 
+# With a relative initial scale: how far parameters must have moved over their
+# norm, for their offset to be above float32's rounding; and how many times
+# s_init the scale may rise to, tenfold a step, to get there.
+_CLEAR = 2e-6
+_RISE = 1e4
+
 
 def mechanize(
   base_optimizer: optax.GradientTransformation,
@@ -116,7 +122,7 @@ def mechanize(
   spike_factor: jax.typing.ArrayLike | None = None,
   x0_dtype: jax.typing.DTypeLike | None = None,
   delayed_scale: bool = False,
-  relative_s_init: float = 0.0,
+  relative_s_init: float | None = None,
   groups: str | Callable[[str], Hashable] = "",
 ) -> optax.GradientTransformationExtraArgs:
   r"""Learns the scale of `base_optimizer`'s updates, that is its learning rate.
@@ -174,12 +180,14 @@ def mechanize(
       are NaN or too large to be squared count as 0, and the tuner skips the
       step, which `skipped` counts; the base does not. XLA:GPU cannot write the
       parameters in place in that pass: donated, they are copied once more.
-    relative_s_init: rho; if not 0, the initial scale is the one with which an
-      update moves the parameters by a fraction rho, rho (1 + |x|) / |u|, in
-      place of `s_init`: the smallest so far, |u| being |Delta| / sqrt(count).
-      It saves the steps in which s grows from 1e-6. `weight_decay` then bounds
-      S in units of that scale (1e-4 is good), so that all is the same whatever
-      the base's learning rate. 0.01 is good, 0.003 to 0.03 nearly the same.
+    relative_s_init: rho; if given and not 0, the initial scale is the one with
+      which an update moves the parameters by a fraction rho,
+      rho (1 + |x|) / |u|, in place of `s_init`: the smallest so far, |u| being
+      |Delta| / sqrt(count).
+      It saves the steps in which s grows from 1e-6, and S stays above it.
+      `weight_decay` then bounds S in units of that scale (1e-4 is good), so
+      that all is the same whatever the base's learning rate. 0.01 is good,
+      0.003 to 0.03 nearly the same.
     groups: which leaves share a scale. Each group has a tuner of its own, which
       sees a problem in its own variable, S_group, and so keeps the algorithm's
       guarantee for it. A regular expression, searched in a leaf's path: leaves
@@ -227,10 +235,17 @@ def mechanize(
     raise ValueError(
       f"x0_dtype={x0_dtype!r} must be a type of floats, such as 'bfloat16'"
     )
-  if not 0 <= relative_s_init < float("inf"):
+  if not 0 <= (relative_s_init or 0.0) < float("inf"):
     raise ValueError(
       f"relative_s_init={relative_s_init} must be above 0, or 0 for s_init"
     )
+  if isinstance(groups, str):
+    try:
+      re.compile(groups)
+    except re.error as error:
+      raise ValueError(
+        f"groups={groups!r} is not a regular expression: {error}"
+      ) from None
   if betas is None:
     betas = [1.0 - 0.1**i for i in range(1, num_betas + 1)]
   if s_decay is not None:
@@ -287,7 +302,7 @@ def mechanize(
       skipped=jnp.zeros([], jnp.int32),
       grad_norm=jnp.zeros([], dtype),
       scale=jnp.sum(s, -1),
-      s_init=jnp.full(shape, jnp.inf if relative_s_init else s_init, dtype),
+      s_init=jnp.full(shape, 0.0 if relative_s_init else s_init, dtype),
     )
 
   def tune(
@@ -304,6 +319,9 @@ def mechanize(
       r = jnp.maximum(r, 0.0)
     wealth = start / len(betas) * m + jnp.maximum(r, 0.0)
     s = wealth / (jnp.sqrt(v) + eps)
+    if relative_s_init:
+      # What is relative is right enough never to be gone below.
+      s = s * jnp.maximum(1.0, start / jnp.sum(s, -1, keepdims=True))
     return state._replace(r=r, m=m, v=v, s=s)
 
   def update(
@@ -366,11 +384,15 @@ def mechanize(
     )
     decay, start, known = weight_decay * state.scale, s_init, state.s_init
     if relative_s_init:
-      decay /= known
+      unit = jnp.where(known > 0, known, jnp.inf)
+      decay /= unit
       steps = jnp.maximum(state.count, 1).astype(dtype)
       start = relative_s_init * (1 + jnp.sqrt(xx)) * jnp.sqrt(steps / dd[0])
-      known = jnp.minimum(known, jnp.where(dd[0] > 0, start, jnp.inf))
-      start = jnp.where(jnp.isinf(known), s_init, known)
+      # Recovered from parameters that hardly moved, Delta is all rounding.
+      clear = state.scale * jnp.sqrt(dd[0]) > _CLEAR * jnp.sqrt(xx)
+      known = jnp.where(clear, jnp.minimum(unit, start), known)
+      rising = s_init * jnp.minimum(10.0**state.count, _RISE)
+      start = jnp.where(known > 0, known, rising)
     h = gd + decay * jnp.sqrt(gg) / (jnp.sqrt(xx) + eps) * xd
     tuned = tune(state, h, start)
 

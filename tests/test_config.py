@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import flax_mechanic
 from flax_mechanic import registry
 from flax_mechanic.errors import UsageError
-from tests import network
+from tests import network, optimizers
 
 
 def make_config(**fields):
@@ -30,8 +30,8 @@ def test_every_option_is_the_method_s_own_default():
   assert config.opt.mechanic.to_dict() == {
     "base": "adamw",
     "learning_rate": 1.0,
-    "weight_decay": 1e-2,
-    "eps": 1e-8,
+    "weight_decay": 1e-4,
+    "eps": 1e-20,
     "s_init": 1e-6,
     "num_betas": 6,
     "variant": "optax",
@@ -40,6 +40,8 @@ def test_every_option_is_the_method_s_own_default():
     "spike_factor": None,
     "x0_dtype": None,
     "delayed_scale": False,
+    "relative_s_init": 0.01,
+    "groups": ".*",
   }
   config.opt.adamw.mu_dtype = "bfloat16"
   state = flax_mechanic.make_optimizer(config).init(network.params())
@@ -84,7 +86,10 @@ def test_options_reach_the_method():
 def test_mechanic_wraps_its_base_and_reads_no_learning_rate(base):
   shape = optax.linear_schedule(1.0, 0.0, 30)
   config = make_config(
-    optimizer="mechanic", opt__mechanic__base=base, learning_rate=100.0
+    optimizer="mechanic",
+    opt__mechanic__base=base,
+    learning_rate=100.0,
+    **optimizers.DROP_IN,
   )
   ours = network.train(flax_mechanic.make_optimizer(config, shape), 30)
   by_hand = {
@@ -169,7 +174,11 @@ def test_register_adds_a_transformation_to_the_flag(monkeypatch):
   theirs = network.train(signum(0.01, beta=0.8), 10)
   np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
 
-  config = make_config(optimizer="mechanic", opt__mechanic__base="signed")
+  config = make_config(
+    optimizer="mechanic",
+    opt__mechanic__base="signed",
+    **optimizers.DROP_IN,
+  )
   ours = network.train(flax_mechanic.make_optimizer(config), 10)
   theirs = network.train(optax.contrib.mechanize(signum(1.0)), 10)
   np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4)
@@ -212,7 +221,8 @@ def test_scalars_read_what_was_learned():
   config = make_config(optimizer="mechanic", grad_clip=1.0, accumulate_steps=2)
   _, state, _ = network.train(flax_mechanic.make_optimizer(config, shape), 20)
   found = flax_mechanic.scalars(state)
-  scale = float(jnp.sum(optax.tree.get(state, "s")))
+  # A scale a leaf, and their mean.
+  scale = float(jnp.mean(jnp.sum(optax.tree.get(state, "s"), -1)))
   np.testing.assert_allclose(found["mechanic/scale"], scale, rtol=1e-6)
   # Ten updates of two batches; the tenth used the schedule's value at 9.
   np.testing.assert_allclose(

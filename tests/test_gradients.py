@@ -35,6 +35,7 @@ from tests.by_hand import (
   scheduled,
   under,
 )
+from tests.optimizers import DROP_IN
 
 # Per-example gradients.
 
@@ -234,9 +235,8 @@ def test_batch_statistics_are_refused_per_example(name):
   ],
 )
 def test_sam_is_the_paper_s_two_steps(x64, run, base, reference, tolerance):
-  job = run(
-    build("sam", SHAPE, opt__sam__base=base, opt__sam__rho=0.3), initial()
-  )
+  options = under("sam", base=base, rho=0.3) | DROP_IN
+  job = run(build("sam", SHAPE, **options), initial())
   for i in range(4):
     before = job.params
     loss, aux = job.step(*batch(i))

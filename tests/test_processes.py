@@ -119,6 +119,35 @@ def test_processes_train_save_and_resume_as_one(tmp_path, job, count):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["prodigy", "schedule_free", "sam", "dpsgd"])
+def test_every_kind_of_state_goes_from_one_process_to_two(tmp_path, name):
+  job = [*DIGITS, f"--config.optimizer={name}"]
+  run(tmp_path / "whole", 1, 8, *job, "--config.num_steps=20")
+  split = ["--config.mesh.fsdp=2", "--config.shard_optimizer_state"]
+  run(tmp_path / "run", 1, 8, *job, "--config.num_steps=10", *split)
+  other = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+  run(tmp_path / "run", 2, 4, *job, "--config.num_steps=20", *other)
+  assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_alone_reads(tmp_path):
+  job = [*DIGITS, "--config.mesh.fsdp=-1", "--config.mesh.data=1"]
+  run(tmp_path / "whole", 1, 8, *job, "--config.num_steps=25")
+  run(tmp_path / "run", 2, 4, *job, "--config.num_steps=20")
+  step = tmp_path / "run" / "checkpoints" / "20"
+  files = list(step.rglob("ocdbt.process_1/d/*"))
+  largest = max(files, key=lambda each: each.stat().st_size)
+  data = largest.read_bytes()
+  largest.write_bytes(data[: len(data) // 2])
+  outputs = run(tmp_path / "run", 2, 4, *job, "--config.num_steps=25")
+  assert "resuming" in outputs[0]
+  assert "at step 10" in outputs[0]
+  assert (step.parent / "damaged_20").is_dir()
+  assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "whole"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_stops_all_at_one_step(tmp_path, number):
   # A shell's background jobs ignore it, and so would what they start.

@@ -91,7 +91,7 @@ def test_combinations_that_make_no_sense(fields, words):
 @pytest.mark.parametrize("name", ["sam", AGGREGATE])
 def test_what_the_errors_say_to_type_builds(name):
   tx = build(name, **under(name, base="mechanic"))
-  assert optax.tree.get(tx.init(network.params()), "s").shape == (6,)
+  assert optax.tree.get(tx.init(network.params()), "s").shape == (3, 6)
 
 
 def test_mechanic_over_lamb_warns_once_and_trains():

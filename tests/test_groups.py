@@ -1,0 +1,226 @@
+"""A scale for each group of leaves, and an initial scale relative to them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_mechanic import Shardings, mechanize, scalars
+from tests import network
+
+BASES = {
+  "adamw": lambda rate=1.0: optax.adamw(
+    lambda count: rate * optax.linear_schedule(0.0, 1.0, 10)(count)
+  ),
+  "sgd": lambda rate=1.0: optax.sgd(rate, momentum=0.9),
+  "lion": lambda rate=1.0: optax.lion(rate),
+}
+# Leaves in the order of the tree: head, hidden/bias, hidden/kernel.
+GROUPS = {
+  "": [0, 0, 0],
+  ".*": [0, 1, 2],
+  "^hidden": [0, 1, 1],
+  "kernel|bias": [0, 1, 2],
+}
+FLAG = {"relative_s_init": 0.01, "weight_decay": 1e-4, "eps": 1e-20}
+
+
+def numpy_run(base, members, steps, rho, lam, eps, s_init=1e-6, n=6):
+  """Algorithm 1 as optax has it, once a group, in float64.
+
+  Returns the leaves, and each group's S.
+  """
+  beta = 1 - 10.0 ** -np.arange(1, n + 1)
+  params = network.params(jnp.float64)
+  treedef = jax.tree.structure(params)
+  grad = jax.jit(jax.grad(network.loss))
+  base_state, base_update = base.init(params), jax.jit(base.update)
+  x0 = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+  x, delta = list(x0), [np.zeros_like(leaf) for leaf in x0]
+  count = max(members) + 1
+  m, v, r = np.zeros((3, count, n))
+  s = np.full((count, n), s_init)
+  start = np.full(count, np.inf if rho else s_init)
+  for t in range(steps):
+    gradient = grad(treedef.unflatten(x), *network.batch(t, jnp.float64))
+    update, base_state = base_update(gradient, base_state, treedef.unflatten(x))
+    g, u = jax.tree.leaves(gradient), jax.tree.leaves(update)
+    for i in range(count):
+      leaves = [k for k, group in enumerate(members) if group == i]
+      flat = lambda tree, leaves=leaves: np.concatenate(
+        [np.ravel(tree[k]) for k in leaves]
+      )
+      S = sum(s[i])
+      shrink = S / (S + eps)
+      for k in leaves:
+        delta[k] = shrink * delta[k]
+      G, X, D = flat(g), flat(x), flat(delta)
+      size = np.linalg.norm
+      decay = lam * S / (start[i] if rho else 1)
+      # Else the offset may be all rounding.
+      if rho and S * size(D) > 2e-6 * size(X):
+        candidate = rho * (1 + size(X)) * np.sqrt(t) / size(D)
+        start[i] = min(start[i], candidate)
+      first = start[i] if np.isfinite(start[i]) else s_init * min(10.0**t, 1e4)
+      h = D @ (G + decay * size(G) / (size(X) + eps) * X)
+      r[i] = beta * r[i] - np.clip(h, -m[i], m[i]) * s[i]
+      m[i] = np.maximum(beta * m[i], abs(h) + eps)
+      v[i] = beta**2 * v[i] + h * h
+      wealth = first / n * m[i] + np.maximum(r[i], 0)
+      s[i] = wealth / (np.sqrt(v[i]) + eps)
+      if rho and sum(s[i]) < first:
+        s[i] *= first / sum(s[i])
+      for k in leaves:
+        delta[k] = delta[k] + u[k]
+        x[k] = x0[k] + sum(s[i]) * delta[k]
+  return x, s.sum(1)
+
+
+@pytest.mark.parametrize("store_delta", [False, True])
+@pytest.mark.parametrize("rho", [0.0, 0.01])
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("base", BASES)
+def test_equals_numpy(base, groups, rho, store_delta):
+  options = {"weight_decay": 1e-3, "eps": 1e-12}
+  with jax.enable_x64(True):
+    tx = mechanize(
+      BASES[base](),
+      groups=groups,
+      relative_s_init=rho,
+      store_delta=store_delta,
+      spike_factor=0.0,
+      **options,
+    )
+    x, state, _ = network.train(tx, 60, jnp.float64)
+    leaves, S = numpy_run(
+      BASES[base](), GROUPS[groups], 60, rho, *options.values()
+    )
+  for ours, theirs in zip(jax.tree.leaves(x), leaves, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
+  np.testing.assert_allclose(np.atleast_1d(state.scale), S, rtol=1e-6)
+  shape = (len(S),) if groups else ()
+  assert state.scale.shape == state.s_init.shape == shape
+  assert state.s.shape == state.m.shape == (*shape, 6)
+
+
+def test_a_function_names_groups():
+  run = lambda groups: network.train(
+    mechanize(BASES["adamw"](), groups=groups, **FLAG), 20
+  )[0]
+  by_function = run(lambda path: path.startswith("hidden"))
+  jax.tree.map(np.testing.assert_array_equal, by_function, run("^hidden"))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_base_s_learning_rate_does_not_matter(base):
+  losses = {}
+  for rate in (1e-6, 1e-4, 1e-2, 1.0, 1e2):
+    tx = mechanize(BASES[base](rate), groups=".*", **FLAG)
+    losses[rate] = np.mean(network.train(tx, 300)[2][-50:])
+  drop_in = np.mean(network.train(mechanize(BASES[base]()), 300)[2][-50:])
+  assert losses[1.0] < 1.05 * drop_in
+  assert losses[1e2] < 1.1 * losses[1.0]
+  # What is small drowns in float32's rounding for a while.
+  start = np.mean(network.train(optax.set_to_zero(), 50)[2])
+  assert max(losses.values()) < 0.75 * start
+
+
+def test_an_offset_below_rounding_gives_no_initial_scale():
+  # Each update moves a parameter of 1 by less than half of float32's spacing.
+  tx = mechanize(optax.sgd(1e-3), groups=".*", **FLAG)
+  x = {"w": jnp.ones(1000)}
+  state = tx.init(x)
+  scales = []
+  for _ in range(8):
+    updates, state = jax.jit(tx.update)({"w": jnp.full(1000, 1e-3)}, state, x)
+    x = optax.apply_updates(x, updates)
+    scales.append(float(state.scale[0]))
+  np.testing.assert_allclose(scales[1:4], [1e-5, 1e-4, 1e-3], rtol=1e-5)
+  assert max(scales) <= 1.0001e-2  # At most, until the offset is clear.
+  assert state.s_init == 0.0
+
+
+def test_the_scale_stays_above_the_initial_one():
+  tx = mechanize(BASES["sgd"](), groups=".*", **FLAG)
+  x = network.params()
+  state, update = tx.init(x), jax.jit(tx.update)
+  rng = np.random.default_rng(0)
+  for _ in range(100):
+    # Gradients without a direction, from which a tuner learns to stand still.
+    g = jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), x
+    )
+    updates, state = update(g, state, x)
+    x = optax.apply_updates(x, updates)
+  np.testing.assert_array_less(state.s_init * 0.999, state.scale)
+  np.testing.assert_array_less(state.scale, state.s_init * 3)
+
+
+def test_a_group_without_gradients_waits():
+  tx = mechanize(optax.adam(1.0), groups=".*", **FLAG)
+  x = {"used": jnp.ones(3), "unused": jnp.ones(3), "empty": jnp.ones((0, 2))}
+  state = tx.init(x)
+  for _ in range(20):
+    g = {k: jnp.full_like(v, float(k == "used")) for k, v in x.items()}
+    updates, state = tx.update(g, state, x)
+    x = optax.apply_updates(x, updates)
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(x))
+  np.testing.assert_array_equal(x["unused"], 1.0)
+  assert np.all(x["used"] < 1.0)
+  np.testing.assert_allclose(state.scale[:2], 1e-2, rtol=1e-5)
+
+
+def test_scalars_tell_the_range():
+  state = network.train(mechanize(BASES["sgd"](), groups=".*"), 5)[1]
+  told = scalars(state)
+  assert told["mechanic/scale_min"] == np.min(state.scale)
+  assert told["mechanic/scale_max"] == np.max(state.scale)
+  assert told["mechanic/scale"] == pytest.approx(np.mean(state.scale))
+  assert all(value.shape == () for value in told.values())
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_equals_one_device(axis_type):
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+  specs = {
+    "hidden": {"kernel": P("data", "model"), "bias": P("model")},
+    "head": P("data", None),
+  }
+  place = lambda tree: jax.tree.map(
+    lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
+  )
+  tx = mechanize(BASES["adamw"](), groups=".*", **FLAG)
+  with jax.set_mesh(mesh), jax.enable_x64(True):
+    one = network.params(jnp.float64)
+    many = place(one)
+    shardings = Shardings.of(many)
+    one_state, many_state = tx.init(one), tx.init(many)
+    grads = [
+      jax.grad(network.loss)(one, *network.batch(i, jnp.float64))
+      for i in range(10)
+    ]
+    update = jax.jit(tx.update)
+    sharded = jax.jit(lambda *a: tx.update(*a, shardings=shardings))
+    for g in grads:
+      updates, one_state = update(g, one_state, one)
+      one = optax.apply_updates(one, updates)
+      updates, many_state = sharded(place(g), many_state, many)
+      many = optax.apply_updates(many, updates)
+    hlo = sharded.lower(place(g), many_state, many).compile().as_text()
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-12), many, one
+  )
+  np.testing.assert_allclose(many_state.s, one_state.s, rtol=1e-9)
+  assert hlo.count(" all-reduce(") == 1
+  assert "all-gather" not in hlo
+
+
+def test_what_is_out_of_range_is_said():
+  for rho in (-1.0, float("inf"), float("nan")):
+    with pytest.raises(ValueError, match=r"relative_s_init=.* must be above 0"):
+      mechanize(optax.sgd(1.0), relative_s_init=rho)
+  with pytest.raises(ValueError, match=r"groups='\(' is not a regular"):
+    mechanize(optax.sgd(1.0), groups="(")

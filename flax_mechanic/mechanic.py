@@ -43,8 +43,8 @@ class MechanicState(NamedTuple):
     grad_norm: running mean of the gradient's norm, scalar; 0 at the start.
     scale: S as the parameters have it, x = x0 + scale Delta, scalar; the sum of
       s, except with `delayed_scale`.
-    s_init: the initial scale, scalar; with `relative_s_init` 0 until the base
-      has moved the parameters.
+    s_init: the initial scale that `relative_s_init` asks for, scalar; 0 until
+      the base has moved the parameters.
 
   With groups, a row of r, m, v and s and an entry of scale and s_init is that
   of a group: [groups, num_betas] and [groups].
@@ -280,7 +280,8 @@ def mechanize(
       ),
       count=jnp.zeros([], jnp.int32),
       r=full(0.0),
-      m=full(rule.m_start),
+      # An |h| of 1e-6 that never was is no part of a relative initial scale.
+      m=full(0.0 if relative_s_init else rule.m_start),
       v=full(0.0),
       s=s,
       x0=_map(
@@ -302,7 +303,7 @@ def mechanize(
       skipped=jnp.zeros([], jnp.int32),
       grad_norm=jnp.zeros([], dtype),
       scale=jnp.sum(s, -1),
-      s_init=jnp.full(shape, 0.0 if relative_s_init else s_init, dtype),
+      s_init=jnp.zeros(shape, dtype),
     )
 
   def tune(
@@ -321,7 +322,9 @@ def mechanize(
     s = wealth / (jnp.sqrt(v) + eps)
     if relative_s_init:
       # What is relative is right enough never to be gone below.
-      s = s * jnp.maximum(1.0, start / jnp.sum(s, -1, keepdims=True))
+      S = jnp.sum(s, -1, keepdims=True)
+      lift = jnp.maximum(1.0, start / S)
+      s = jnp.where(S > 0, s * lift, start / len(betas))
     return state._replace(r=r, m=m, v=v, s=s)
 
   def update(

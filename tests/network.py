@@ -49,4 +49,4 @@ def train(tx, steps, dtype=jnp.float32):
   for i in range(steps):
     x, state, value = step(x, state, *batch(i, dtype))
     losses.append(value)
-  return x, state, np.asarray(losses)
+  return x, state, np.asarray([float(value) for value in losses])

@@ -224,3 +224,23 @@ def test_what_is_out_of_range_is_said():
       mechanize(optax.sgd(1.0), relative_s_init=rho)
   with pytest.raises(ValueError, match=r"groups='\(' is not a regular"):
     mechanize(optax.sgd(1.0), groups="(")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"variant": "pytorch"},
+    {"variant": "paper"},
+    {"delayed_scale": True},
+    {"x0_dtype": "bfloat16"},
+    {"store_delta": True},
+  ],
+  ids=str,
+)
+def test_it_goes_with_every_option(options, dtype):
+  tx = mechanize(BASES["adamw"](), groups=".*", **FLAG, **options)
+  drop_in = mechanize(BASES["adamw"](), **options)
+  last = lambda tx: np.mean(network.train(tx, 300, dtype)[2][-50:])
+  assert last(tx) < 1.1 * last(drop_in)

@@ -132,14 +132,14 @@ def test_every_kind_of_state_goes_from_one_process_to_two(tmp_path, name):
 
 @pytest.mark.slow
 def test_damage_that_one_process_alone_reads(tmp_path):
-  job = [*DIGITS, "--config.mesh.fsdp=-1", "--config.mesh.data=1"]
+  # Small arrays lie in a file that all read.
+  job = [*DIGITS, "--config.model.widths=(512,)"]
+  job += ["--config.mesh.fsdp=-1", "--config.mesh.data=1"]
   run(tmp_path / "whole", 1, 8, *job, "--config.num_steps=25")
   run(tmp_path / "run", 2, 4, *job, "--config.num_steps=20")
   step = tmp_path / "run" / "checkpoints" / "20"
-  files = list(step.rglob("ocdbt.process_1/d/*"))
-  largest = max(files, key=lambda each: each.stat().st_size)
-  data = largest.read_bytes()
-  largest.write_bytes(data[: len(data) // 2])
+  for each in step.rglob("ocdbt.process_1/d/*"):
+    os.truncate(each, each.stat().st_size // 2)
   outputs = run(tmp_path / "run", 2, 4, *job, "--config.num_steps=25")
   assert "resuming" in outputs[0]
   assert "at step 10" in outputs[0]

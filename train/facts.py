@@ -75,7 +75,22 @@ class Update:
   options: Mapping[str, Any] | None = None
 
 
+# What the flag takes, and optax's in their place.
+_FLAG = {
+  option: default
+  for option, default in flax_mechanic.methods()["mechanic"].options.items()
+  if option in ("weight_decay", "eps", "relative_s_init", "groups")
+}
+_DROP_IN = {
+  "weight_decay": 1e-2,
+  "eps": 1e-8,
+  "relative_s_init": 0.0,
+  "groups": "",
+}
+
+
 def _mechanize(unavoidable: float, **options: Any) -> Update:
+  options = _DROP_IN | options
   return Update(
     lambda base: flax_mechanic.mechanize(base, **options),
     unavoidable,
@@ -92,6 +107,7 @@ UPDATES = {
   "base alone": Update(lambda base: base, 0),
   "optax mechanize": Update(contrib.mechanize, 4),
   "mechanize": _mechanize(4),
+  "the flag's": _mechanize(4, **_FLAG),
   "x0_dtype=bfloat16": _mechanize(3, x0_dtype="bfloat16"),
   "store_delta": _mechanize(5, store_delta=True),
   "delayed_scale": _mechanize(1, delayed_scale=True),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from flax_mechanic.checkpoint import Checkpointer
+from flax_mechanic.checkpoint import Checkpointer, read_item
 from flax_mechanic.checksum import checksums
 from flax_mechanic.errors import UsageError
 from flax_mechanic.sharding import leaf_path
@@ -148,20 +148,13 @@ class _Saved:
       target = jax.tree_util.tree_map_with_path(as_saved, tree)
       if all(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(target)):
         continue
-      try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-          restored = checkpointer.restore(
-            self._items[item],
-            args=ocp.args.PyTreeRestore(
-              item=target,
-              restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            ),
-          )
-      except Exception as error:  # Whatever reading a damaged file leads to.
-        raise UsageError(
-          f"{self._items[item]} cannot be read ({str(error)[:200]}); name the "
-          "folder of another step"
-        ) from None
+      restored = _read(
+        self._items[item],
+        ocp.args.PyTreeRestore(
+          item=target,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        ),
+      )
       found = {
         self._path(item, path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
@@ -216,6 +209,15 @@ def _find(given: Path) -> tuple[str, dict[str, Path]]:
   if not steps:
     raise UsageError(f"{given} holds no checkpoint that Orbax wrote")
   return _find(max(steps, key=lambda step: int(step.name.split("_")[-1])))
+
+
+def _read(item: Path, args: Any) -> Any:
+  try:
+    return read_item(item, ocp.PyTreeCheckpointHandler(), args)
+  except OSError as error:
+    raise UsageError(
+      f"{item} cannot be read ({error}); name the folder of another step"
+    ) from None
 
 
 def _metadata(item: Path) -> Any:

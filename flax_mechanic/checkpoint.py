@@ -4,7 +4,8 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -292,16 +293,12 @@ class Checkpointer:
       )
 
     wanted = jax.tree_util.tree_map_with_path(as_saved, pure)
-    arrays: Any = None
-    problem = ""
-    try:
-      parts: Any = self._manager.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-      )
-      arrays = parts.state
-    except Exception as error:  # Whatever reading a damaged file leads to.
-      problem = _first_line(error)
-    self._check_all(step, problem)
+    arrays = self._load(
+      step,
+      "state",
+      ocp.StandardCheckpointHandler(),
+      ocp.args.StandardRestore(wanted),
+    )
     found = record_lib.describe(arrays, checksums(arrays))
     wrong = [path for path in described if found[path] != described[path]]
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -315,25 +312,23 @@ class Checkpointer:
 
   def _read(self, step: int) -> Mapping[str, Any]:
     """Returns the record of a step."""
-    problem, record = "", {}
-    try:
-      parts: Any = self._manager.restore(
-        step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-      )
-      record = record_lib.unseal(parts.record)
-    except Exception as error:  # Whatever reading a damaged file leads to.
-      problem = _first_line(error)
-    self._check_all(step, problem)
-    return record
+    return self._load(
+      step,
+      "record",
+      ocp.JsonCheckpointHandler(),
+      ocp.args.JsonRestore(),
+      record_lib.unseal,
+    )
 
-  def _check_all(self, step: int, problem: str) -> None:
-    """Raises if reading a step is a problem of any process."""
-    fine = multihost_utils.process_allgather(np.array(not problem))
-    if not np.all(fine):
+  def _load(self, step: int, item: str, *how: Any) -> Any:
+    """Returns an item of a step; see `read_item`."""
+    self.wait()
+    try:
+      return read_item(os.path.join(self.directory, str(step), item), *how)
+    except OSError as error:
       raise _DamageError(
-        f"step {step} in {self.directory} cannot be read "
-        f"({problem or 'by another process'})"
-      )
+        f"step {step} in {self.directory} cannot be read ({error})"
+      ) from None
 
   def _set_aside(self, step: int) -> str:
     """Renames the folder of a step, so that the step can be saved again."""
@@ -378,6 +373,37 @@ class Checkpointer:
         "go back to the saved values, or carry over what fits: another "
         f"--workdir and --config.init_from={self.directory}"
       )
+
+
+def read_item(
+  path: str | os.PathLike[str],
+  handler: Any,
+  args: Any,
+  convert: Callable[[Any], Any] = lambda item: item,
+) -> Any:
+  """Restores an item that Orbax wrote, on every process or on none.
+
+  Orbax's own checkpointers wait for all processes after a restore (0.12.8); one
+  that could not read would leave the others there.
+
+  Args:
+    path: of the item's folder.
+    handler: an Orbax handler.
+    args: its restore's.
+    convert: what else has to succeed with what was read.
+
+  Raises:
+    OSError: a process could not read it.
+  """
+  problem, item = "", None
+  try:
+    item = convert(handler.restore(Path(path), args=args))
+  except Exception as error:  # Whatever reading a damaged file leads to.
+    problem = _first_line(error)
+  fine = multihost_utils.process_allgather(np.array(not problem))
+  if not np.all(fine):
+    raise OSError(problem or "by another process")
+  return item
 
 
 def _lock_for_all(directory: str) -> int | None:

@@ -40,7 +40,7 @@ register(
       store_delta=bool,
       spike_factor=float,
       x0_dtype=str,
-      # Better than the drop-in's on every task of `train.sweep`.
+      # See "Two sets of defaults" in the README.
       relative_s_init=0.01,
       weight_decay=1e-4,
       eps=1e-20,

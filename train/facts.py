@@ -81,7 +81,7 @@ _FLAG = {
   for option, default in flax_mechanic.methods()["mechanic"].options.items()
   if option in ("weight_decay", "eps", "relative_s_init", "groups")
 }
-_DROP_IN = {
+_DROP_IN: dict[str, Any] = {
   "weight_decay": 1e-2,
   "eps": 1e-8,
   "relative_s_init": 0.0,

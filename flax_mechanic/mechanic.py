@@ -106,6 +106,8 @@ _SPIKE_FACTOR = 1000.0
 # s_init the scale may rise to, tenfold a step, to get there.
 _CLEAR = 2e-6
 _RISE = 1e4
+# How many updates there are at most in an offset that has just become clear.
+_YOUNG = 10
 
 
 def mechanize(
@@ -389,7 +391,9 @@ def mechanize(
     if relative_s_init:
       unit = jnp.where(known > 0, known, jnp.inf)
       decay /= unit
-      steps = jnp.maximum(state.count, 1).astype(dtype)
+      # Of a group whose first gradients come late, Delta is younger than count.
+      young = jnp.clip(state.count, 1, _YOUNG)
+      steps = jnp.where(known > 0, state.count, young).astype(dtype)
       start = relative_s_init * (1 + jnp.sqrt(xx)) * jnp.sqrt(steps / dd[0])
       # Recovered from parameters that hardly moved, Delta is all rounding.
       clear = state.scale * jnp.sqrt(dd[0]) > _CLEAR * jnp.sqrt(xx)

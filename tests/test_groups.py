@@ -62,7 +62,8 @@ def numpy_run(base, members, steps, rho, lam, eps, s_init=1e-6, n=6):
       decay = lam * S / (start[i] if rho else 1)
       # Else the offset may be all rounding.
       if rho and S * size(D) > 2e-6 * size(X):
-        candidate = rho * (1 + size(X)) * np.sqrt(t) / size(D)
+        young = t if np.isfinite(start[i]) else min(t, 10)
+        candidate = rho * (1 + size(X)) * np.sqrt(young) / size(D)
         start[i] = min(start[i], candidate)
       first = start[i] if np.isfinite(start[i]) else s_init * min(10.0**t, 1e4)
       h = D @ (G + decay * size(G) / (size(X) + eps) * X)
@@ -171,6 +172,20 @@ def test_a_group_without_gradients_waits():
   np.testing.assert_array_equal(x["unused"], 1.0)
   assert np.all(x["used"] < 1.0)
   np.testing.assert_allclose(state.scale[:2], 1e-2, rtol=1e-5)
+
+
+def test_gradients_that_come_late_find_a_small_scale():
+  tx = mechanize(optax.adam(1.0), groups=".*", **FLAG)
+  x = {"w": jnp.ones(100)}
+  state, update = tx.init(x), jax.jit(tx.update)
+  moved = []
+  for step in range(1100):
+    g = jnp.full(100, float(step >= 1000))
+    updates, state = update({"w": g}, state, x)
+    x = optax.apply_updates(x, updates)
+    moved.append(float(jnp.linalg.norm(updates["w"]) / 10))
+  assert max(moved[:1000]) == 0.0
+  assert 0.005 < max(moved[1000:1003]) < 0.1
 
 
 def test_scalars_tell_the_range():

@@ -195,6 +195,8 @@ def _find(given: Path) -> tuple[str, dict[str, Path]]:
       f"{given} is not a directory; name the --workdir of a run, or a folder "
       "that Orbax wrote"
     )
+  if (given / "checkpoints").is_dir():
+    return _find(given / "checkpoints")
   if (given / "_METADATA").is_file():
     return str(given), {"": given}
   items = {each.parent.name: each.parent for each in given.glob("*/_METADATA")}
@@ -202,9 +204,10 @@ def _find(given: Path) -> tuple[str, dict[str, Path]]:
     return str(given), items
   steps = [
     each
-    for folder in (given, given / "checkpoints")
-    for each in folder.glob("*")
-    if re.fullmatch(r"(.*_)?\d+", each.name) and any(each.rglob("_METADATA"))
+    for each in given.iterdir()
+    if re.fullmatch(r"(.*_)?\d+", each.name)
+    and not each.name.startswith("damaged_")
+    and any(each.rglob("_METADATA"))
   ]
   if not steps:
     raise UsageError(f"{given} holds no checkpoint that Orbax wrote")

@@ -1,5 +1,7 @@
 """Another run's checkpoint as the start: ours, or a plain Orbax job's."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import network
@@ -178,6 +180,19 @@ def run(tmp_path_factory):
   with Checkpointer(folder / "checkpoints") as checkpointer:
     checkpointer.save(20, {"params": state.params, "opt": state.opt_state})
   return folder, state
+
+
+def test_what_else_lies_in_a_workdir_is_left_alone(run, tmp_path):
+  folder, saved = run
+  shutil.copytree(folder, tmp_path / "run")
+  save_standard(tmp_path / "run" / "model", network.params())
+  step = tmp_path / "run" / "checkpoints" / "20"
+  shutil.copytree(step, step.with_name("damaged_30"))
+  state = ours({}, steps=0)
+  state, (where, told) = state.init_from(tmp_path / "run")
+  assert where == f"starting from {step}"
+  assert "mu" in told.split("afresh")[0]
+  same(state.params, saved.params)
 
 
 def test_delta_becomes_x0(tmp_path):

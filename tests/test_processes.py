@@ -131,6 +131,17 @@ def test_every_kind_of_state_goes_from_one_process_to_two(tmp_path, name):
 
 
 @pytest.mark.slow
+def test_processes_start_from_another_run(tmp_path):
+  job = [*DIGITS, "--config.mesh.fsdp=-1", "--config.mesh.data=1"]
+  run(tmp_path / "first", 1, 8, *job, "--config.num_steps=10")
+  new = [*job, "--config.num_steps=10", f"--config.init_from={tmp_path}/first"]
+  run(tmp_path / "one", 1, 8, *new)
+  output, _ = run(tmp_path / "two", 2, 4, *new)
+  assert f"starting from {tmp_path}/first/checkpoints/10" in output
+  assert_same_run(metrics(tmp_path / "two"), metrics(tmp_path / "one"))
+
+
+@pytest.mark.slow
 def test_damage_that_one_process_alone_reads(tmp_path):
   # Small arrays lie in a file that all read.
   job = [*DIGITS, "--config.model.widths=(512,)"]

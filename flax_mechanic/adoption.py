@@ -24,6 +24,8 @@ from flax_mechanic.sharding import leaf_path
 # What makes a state Mechanic's, ours or optax's, whatever it keeps beside it.
 _TUNER = frozenset({"r", "m", "v", "s"})
 
+_OFFSETS = ("x0", "delta")
+
 # Field -> path of a parameter, or "" for a leaf of the field's own -> path.
 _Fields = Mapping[str, Mapping[str, str]]
 # Path of a state of optax -> its fields.
@@ -368,6 +370,7 @@ def _counterpart(
       for other, each in there.items()
       if each.keys() >= _TUNER
       and alike("s", each)
+      and _is_reckonable(fields, each, leaves)
       and _below(other, there) == _below(node, here)
     ]
   else:
@@ -378,6 +381,24 @@ def _counterpart(
       and all(alike(field, each) for field in fields)
     ]
   return found[0] if len(found) == 1 else None
+
+
+def _is_reckonable(
+  fields: _Fields, source: _Fields, leaves: Mapping[str, Any]
+) -> bool:
+  """Whether x0 and Delta are there, or follow from each other and a known S."""
+  missing = any(
+    fields.get(field, {}).keys() - source.get(field, {}).keys()
+    for field in _OFFSETS
+  )
+  # A group of several leaves is not told by the state.
+  known = ((), (len(_offset_keys(fields)),))
+  return not missing or leaves[fields["scale"][""]].shape in known
+
+
+def _offset_keys(fields: _Fields) -> set[str]:
+  """Returns the paths of the parameters that Mechanic's state is over."""
+  return set().union(*(fields.get(field, {}) for field in _OFFSETS))
 
 
 def _below(node: str, states: _States) -> set[frozenset[str]]:
@@ -405,7 +426,7 @@ def _tuner(
   """Returns path -> value of Mechanic's state."""
   numbers = {
     fields[field][""]: source[field][""]
-    for field in fields.keys() & source.keys() - {"x0", "delta"}
+    for field in fields.keys() & source.keys() - set(_OFFSETS)
   }
   # In the parameters' placement, where x0 and Delta are reckoned up.
   offsets = {
@@ -414,7 +435,7 @@ def _tuner(
       jnp.promote_types(parameters[key].dtype, jnp.float32),
       sharding=parameters[key].sharding,
     )
-    for field in ("x0", "delta")
+    for field in _OFFSETS
     for key, path in source.get(field, {}).items()
   }
   wanted = {path: leaves[mine] for mine, path in numbers.items()}
@@ -423,13 +444,17 @@ def _tuner(
   S = values.setdefault(
     fields["scale"][""], jnp.sum(values[fields["s"][""]], -1)
   )
-  for field, other in (("x0", "delta"), ("delta", "x0")):
+  keys = [key for key in parameters if key in _offset_keys(fields)]
+  S_of = lambda key: S[keys.index(key)] if S.ndim else S
+  for field, other in (_OFFSETS, _OFFSETS[::-1]):
     for key, mine in fields.get(field, {}).items():
       path = source.get(field, {}).get(key)
       value = (
         loaded[path]
         if path
-        else _reckon(field, parameters[key], S, loaded[source[other][key]])
+        else _reckon(
+          field, parameters[key], S_of(key), loaded[source[other][key]]
+        )
       )
       values[mine] = jax.device_put(
         value.astype(leaves[mine].dtype), leaves[mine].sharding

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 _RNG = np.random.default_rng(0)
 _INPUTS = _RNG.normal(size=(200, 64, 8))
@@ -12,6 +14,19 @@ _PARAMS = {
   "hidden": {"kernel": _RNG.normal(size=(8, 16)) / 3, "bias": np.zeros(16)},
   "head": _RNG.normal(size=(16, 1)) / 4,
 }
+
+# Where the parameters lie on a mesh with axes data and model.
+SPECS = {
+  "hidden": {"kernel": P("data", "model"), "bias": P("model")},
+  "head": P("data", None),
+}
+
+
+def place(tree, mesh):
+  """Returns a tree like the parameters, placed on a mesh."""
+  return jax.tree.map(
+    lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, SPECS
+  )
 
 
 def params(dtype=jnp.float32):

@@ -195,12 +195,36 @@ def test_what_else_lies_in_a_workdir_is_left_alone(run, tmp_path):
   same(state.params, saved.params)
 
 
-def test_delta_becomes_x0(tmp_path):
-  state = ours({"store_delta": True})
-  save_standard(tmp_path / "run", state)
-  other, _ = ours({}, steps=1).init_from(tmp_path / "run")
-  close(other.opt_state.x0, network.params())
-  assert float(other.opt_state.scale) == float(state.opt_state.scale)
+@pytest.mark.parametrize("options", [{}, {"groups": ".*"}], ids=str)
+def test_delta_becomes_x0_and_the_reverse(tmp_path, options):
+  delta = {"store_delta": True}
+  saved = {}
+  for name, more in (("delta", delta), ("x0", {})):
+    saved[name] = ours(options | more | {"relative_s_init": 0.01})
+    save_standard(tmp_path / name, saved[name])
+  x0, _ = ours(options, steps=1).init_from(tmp_path / "delta")
+  close(x0.opt_state.x0, network.params())
+  same(x0.opt_state.scale, saved["delta"].opt_state.scale)
+  found, _ = ours(options | delta, steps=1).init_from(tmp_path / "x0")
+  scales = np.broadcast_to(found.opt_state.scale, 3)
+  for S, *leaves in zip(
+    scales,
+    *map(
+      jax.tree.leaves,
+      (found.params, saved["x0"].opt_state.x0, found.opt_state.delta),
+    ),
+    strict=True,
+  ):
+    x, x0, delta = leaves
+    np.testing.assert_allclose(x, x0 + S * delta, rtol=1e-5, atol=1e-6)
+
+
+def test_the_scale_of_a_group_of_several_leaves_is_not_guessed(tmp_path):
+  groups = {"groups": "^hidden"}
+  save_standard(tmp_path / "run", ours(groups | {"store_delta": True}))
+  state, (_, told) = ours(groups, steps=0).init_from(tmp_path / "run")
+  assert "x0" in told.split("afresh are")[1]
+  same(state.opt_state.x0, state.params)
 
 
 @pytest.mark.parametrize(

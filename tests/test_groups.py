@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType
 
 from flax_mechanic import Shardings, mechanize, scalars
 from tests import network
@@ -200,13 +199,7 @@ def test_scalars_tell_the_range():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_equals_one_device(axis_type):
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-  specs = {
-    "hidden": {"kernel": P("data", "model"), "bias": P("model")},
-    "head": P("data", None),
-  }
-  place = lambda tree: jax.tree.map(
-    lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
-  )
+  place = lambda tree: network.place(tree, mesh)
   tx = mechanize(BASES["adamw"](), groups=".*", **FLAG)
   with jax.set_mesh(mesh), jax.enable_x64(True):
     one = network.params(jnp.float64)

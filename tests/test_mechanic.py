@@ -9,7 +9,6 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from flax_mechanic import MechanicState, mechanize, scalars
 from tests import network
@@ -282,13 +281,7 @@ def test_params_are_asked_for():
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_equals_one_device(axis_type):
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-  specs = {
-    "hidden": {"kernel": P("data", "model"), "bias": P("model")},
-    "head": P("data", None),
-  }
-  place = lambda tree: jax.tree.map(
-    lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
-  )
+  place = lambda tree: network.place(tree, mesh)
   tx = mechanize(optax.adamw(1.0))
   with jax.set_mesh(mesh), jax.enable_x64(True):
     x = network.params(jnp.float64)
@@ -307,7 +300,9 @@ def test_sharded_equals_one_device(axis_type):
     assert relative_error(many, one) < 1e-10
     assert relative_error(many_state.s, one_state.s) < 1e-10
     for leaf, spec in zip(
-      jax.tree.leaves(many_state.x0), jax.tree.leaves(specs), strict=True
+      jax.tree.leaves(many_state.x0),
+      jax.tree.leaves(network.SPECS),
+      strict=True,
     ):
       assert leaf.sharding.is_equivalent_to(
         NamedSharding(mesh, spec), leaf.ndim

@@ -6,6 +6,15 @@ r"""Handwritten digits, 8x8 pixels, from scikit-learn: the smallest job.
 takes 10 seconds on two CPU cores and ends with an eval/accuracy of 0.97, and so
 does --config.optimizer=adamw. configs/digits.py:cnn is a small convolutional
 network, 0.97 to 0.98 in 15 seconds.
+
+Four more take 400 steps of 32 images, 10 to 15 seconds, and end with this
+eval/accuracy by optimizer:
+
+  variant     mechanic  adamw
+  :logistic       0.92   0.89  no hidden layer, and a tenth of the labels drawn
+  :mlp            0.97   0.96  two hidden layers of 64
+  :small_cnn      0.98   0.96
+  :vit            0.94   0.90  a vision transformer
 """
 
 import ml_collections
@@ -13,9 +22,35 @@ import ml_collections
 from configs import default
 from flax_mechanic.errors import UsageError, did_you_mean
 
-_MODELS = {
-  "": {"name": "mlp", "widths": (256, 256)},
-  "cnn": {"name": "cnn", "widths": (32, 64)},
+# What the four have in common; the learning rate is adamw's.
+_SMALL = {
+  "num_steps": 400,
+  "batch_size": 32,
+  "schedule": {"warmup_steps": 40},
+  "learning_rate": 3e-3,
+}
+
+# By variant: the fields that differ from configs/default.py, and the model.
+_VARIANTS = {
+  "": {"model": {"name": "mlp", "widths": (256, 256)}},
+  "cnn": {"model": {"name": "cnn", "widths": (32, 64)}},
+  "logistic": {
+    **_SMALL,
+    "data": {"label_noise": 0.1},
+    "model": {"name": "logistic"},
+  },
+  "mlp": {**_SMALL, "model": {"name": "mlp", "widths": (64, 64)}},
+  "small_cnn": {**_SMALL, "model": {"name": "cnn", "widths": (8, 16)}},
+  "vit": {
+    **_SMALL,
+    "model": {
+      "name": "vit",
+      "num_layers": 2,
+      "num_heads": 4,
+      "embed_dim": 32,
+      "mlp_dim": 64,
+    },
+  },
 }
 
 
@@ -23,19 +58,24 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Returns the job's config.
 
   Args:
-    variant: "" for a multilayer perceptron or "cnn", what follows the colon of
-      `configs/digits.py:cnn`.
+    variant: what follows the colon of `configs/digits.py:cnn`, or "".
 
   Raises:
     UsageError: no such variant.
   """
-  if variant not in _MODELS:
+  if variant not in _VARIANTS:
     raise UsageError(
       f"configs/digits.py has no variant {variant!r}"
-      f"{did_you_mean(variant, filter(None, _MODELS))}"
+      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
     )
   config = default.get_config()
   config.task = "digits"
-  # name: mlp or cnn; widths: of the hidden layers.
-  config.model = ml_collections.ConfigDict(_MODELS[variant])
+
+  config.data = ml_collections.ConfigDict()
+  # Of the training labels, the fraction drawn anew, each class as likely.
+  config.data.label_noise = 0.0
+
+  # name: logistic, mlp, cnn or vit; each has fields of its own. widths: of the
+  # hidden layers.
+  config.update(_VARIANTS[variant])
   return config

@@ -1,0 +1,97 @@
+"""Tasks over a fixed set of examples."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from flax_mechanic.errors import UsageError
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Examples:
+  """The batches of a task over a fixed set of examples.
+
+  Args:
+    config: of the job; `seed` and `batch_size` are read.
+    train: arrays [N, ...] by name.
+    held_out: the same of other examples.
+  """
+
+  def __init__(
+    self, config: ml_collections.ConfigDict, train: Arrays, held_out: Arrays
+  ):
+    self._config = config
+    self._train = train
+    self._held_out = held_out
+
+  def train_batch(
+    self, step: int, rows: slice = slice(None)
+  ) -> dict[str, np.ndarray]:
+    """Returns the next examples of an endless run of shuffled epochs."""
+    batch_size = self._config.batch_size
+    count = len(next(iter(self._train.values())))
+    number = step * batch_size + np.arange(batch_size)[rows]
+    epoch, place = divmod(number, count)
+    index = np.empty(len(number), np.int64)
+    for e in range(epoch[0], epoch[-1] + 1):
+      rng = np.random.Generator(np.random.Philox(key=[self._config.seed, e]))
+      index[epoch == e] = rng.permutation(count)[place[epoch == e]]
+    return {name: array[index] for name, array in self._train.items()}
+
+  def eval_batches(self) -> list[Arrays]:
+    """Returns one batch, all held-out examples."""
+    return [self._held_out]
+
+  def report(self, model: nnx.Module) -> str:
+    """Returns "": the metrics say it all."""
+    del model
+    return ""
+
+
+def scikit_learn(task: str) -> Any:
+  """Returns the module `sklearn.datasets`.
+
+  Raises:
+    UsageError: it is not installed.
+  """
+  try:
+    from sklearn import datasets
+  except ImportError as e:
+    raise UsageError(
+      f"config.task={task!r} reads its data from scikit-learn, which is not"
+      ' installed; type pip install "flax_mechanic[train]"'
+    ) from e
+  return datasets
+
+
+def add_label_noise(
+  labels: np.ndarray, fraction: float, classes: int
+) -> np.ndarray:
+  """Returns labels of which a fraction is drawn anew, each class as likely.
+
+  The same of them to the same classes, whatever the job's seed; a larger
+  fraction includes a smaller one's.
+
+  Args:
+    labels: integers [N].
+    fraction: config.data.label_noise, from 0 to 1.
+    classes: the labels are below this.
+
+  Raises:
+    UsageError: no such fraction.
+  """
+  if not 0 <= fraction <= 1:
+    raise UsageError(
+      f"config.data.label_noise={fraction} must be from 0 to 1, a fraction of"
+      " the training labels; type --config.data.label_noise=0.1"
+    )
+  rng = np.random.Generator(np.random.Philox(1))
+  replaced = rng.permutation(len(labels))[: round(fraction * len(labels))]
+  drawn = rng.integers(classes, size=len(labels))
+  noisy = labels.copy()
+  noisy[replaced] = drawn[replaced]
+  return noisy

@@ -1,0 +1,76 @@
+"""The models of a task that has several, by `config.model.name`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import ml_collections
+from flax import nnx
+
+from flax_mechanic.errors import UsageError, did_you_mean
+
+
+class Kind(NamedTuple):
+  """One of a task's models.
+
+  Attributes:
+    create: (config.model, dtype=, rngs=) -> a new model.
+    fields: those of config.model, besides the name.
+    check: config.model -> None; raises a UsageError for values out of range.
+    config: a config with these fields, such as configs/digits.py:vit.
+  """
+
+  create: Callable[..., nnx.Module]
+  fields: Sequence[str]
+  check: Callable[[ml_collections.ConfigDict], None]
+  config: str
+
+
+def find_kind(
+  model: ml_collections.ConfigDict, kinds: Mapping[str, Kind], task: str
+) -> Kind:
+  """Returns the kind that `model.name` names, its fields checked.
+
+  Args:
+    model: the job's config.model.
+    kinds: the task's, by name.
+    task: its name, for the error.
+
+  Raises:
+    UsageError: no such kind, fields of another kind, or values out of range.
+  """
+  if model.name not in kinds:
+    raise UsageError(
+      f"config.model.name={model.name!r} is not a model for {task}"
+      f"{did_you_mean(model.name, kinds)}"
+    )
+  kind = kinds[model.name]
+  given = [field for field in model if field != "name"]
+  if set(given) != set(kind.fields):
+    raise UsageError(
+      f"config.model.name={model.name!r} takes {_list(kind.fields)}, and"
+      f" config.model has {_list(given)}; type --config={kind.config}"
+    )
+  kind.check(model)
+  return kind
+
+
+def check_sizes(
+  model: ml_collections.ConfigDict, fields: Sequence[str]
+) -> None:
+  """Raises a UsageError where one of these fields is below 1."""
+  for field in fields:
+    if model[field] < 1:
+      raise UsageError(f"config.model.{field}={model[field]} must be 1 or more")
+
+
+def check_heads(model: ml_collections.ConfigDict) -> None:
+  """Raises a UsageError where num_heads does not divide embed_dim."""
+  if model.embed_dim % model.num_heads:
+    raise UsageError(
+      f"config.model.embed_dim={model.embed_dim} must be a multiple of"
+      f" {model.num_heads}, config.model.num_heads"
+    )
+
+
+def _list(fields: Sequence[str]) -> str:
+  return ", ".join(fields) or "no fields"

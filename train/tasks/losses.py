@@ -1,0 +1,35 @@
+"""Mean losses and their metrics, float32 whatever the model computes in."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Metrics = dict[str, jax.Array]
+
+
+def cross_entropy(
+  logits: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, Metrics]:
+  """Returns the mean cross-entropy in nats, and the accuracy.
+
+  Args:
+    logits: [..., classes].
+    labels: integers [...].
+  """
+  logits, labels = logits.astype(jnp.float32), labels.astype(jnp.int32)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  accuracy = jnp.mean(logits.argmax(-1) == labels, dtype=jnp.float32)
+  return losses.mean(), {"accuracy": accuracy}
+
+
+def squared_error(
+  predictions: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, Metrics]:
+  """Returns the mean squared error, and no metrics.
+
+  Args:
+    predictions: of any shape.
+    targets: as many numbers, in the same order.
+  """
+  predictions = predictions.astype(jnp.float32).reshape(targets.shape)
+  return jnp.mean((predictions - targets) ** 2), {}

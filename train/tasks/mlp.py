@@ -1,0 +1,56 @@
+"""Fully connected layers, for every task on vectors."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from flax_mechanic.errors import UsageError
+from train.mesh import logical
+
+
+class Mlp(nnx.Module):
+  """ReLU layers of the given widths, then a linear one.
+
+  Args:
+    inputs: numbers an example.
+    widths: of the hidden layers; () makes a linear model.
+    outputs: width of the last layer.
+    dtype: of the computation.
+    rngs: stream "params".
+  """
+
+  def __init__(
+    self,
+    inputs: int,
+    widths: Sequence[int],
+    outputs: int,
+    *,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+  ):
+    *hidden, head = (
+      nnx.Linear(
+        m, n, dtype=dtype, kernel_metadata=logical("embed", "mlp"), rngs=rngs
+      )
+      for m, n in itertools.pairwise((inputs, *widths, outputs))
+    )
+    self.hidden = nnx.List(hidden)
+    self.head = head
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, ...], `inputs` numbers an example, to [B, outputs]."""
+    x = x.reshape(len(x), -1)
+    for layer in self.hidden:
+      x = nnx.relu(layer(x))
+    return self.head(x)
+
+
+def check_widths(widths: Sequence[int], at_least: int = 0) -> None:
+  """Raises a UsageError for hidden layers that cannot be made."""
+  if len(widths) < at_least or any(width < 1 for width in widths):
+    raise UsageError(
+      f"config.model.widths={tuple(widths)} is not a width for each hidden"
+      " layer; type for example --config.model.widths='(64, 64)'"
+    )

@@ -1,6 +1,7 @@
+"""The tasks but text: their data, their losses, what cannot be run."""
+
 import math
 import sys
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -9,40 +10,108 @@ import pytest
 from flax import nnx
 from sklearn import datasets
 
-from configs import digits as digits_config
-from configs import text as text_config
+from configs import autoencoder, digits, tabular, teacher, text
 from flax_mechanic.errors import UsageError
+from tests import references
+from tests.references import assert_same, check_loss, f64, join, perturbed
+from train.job import make_job
 from train.tasks import make_task
-from train.tasks import text as text_task
+
+# Every config that a laptop can run: its module, and its variant if any.
+CONFIGS = {
+  "digits": (digits, ""),
+  "cnn": (digits, "cnn"),
+  "logistic": (digits, "logistic"),
+  "mlp": (digits, "mlp"),
+  "small_cnn": (digits, "small_cnn"),
+  "vit": (digits, "vit"),
+  "autoencoder": (autoencoder,),
+  "breast_cancer": (tabular, "breast_cancer"),
+  "diabetes": (tabular, "diabetes"),
+  "teacher": (teacher,),
+  "tiny": (text, "tiny"),
+}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  """40 files of random characters, 20 kB."""
-  folder = tmp_path_factory.mktemp("text")
-  rng = np.random.default_rng(0)
-  for i in range(40):
-    path = folder / f"part{i % 4}" / f"{i}.txt"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(rng.integers(32, 127, size=500, dtype=np.uint8).tobytes())
-  return folder
-
-
-def digits(variant="", **fields):
-  config = digits_config.get_config(variant)
+def make_config(name, **fields):
+  module, *variant = CONFIGS[name]
+  config = module.get_config(*variant)
   config.update(fields)
-  return make_task(config)
+  return config
 
 
-def text(path, **fields):
-  config = text_config.get_config("tiny")
-  config.data.path = str(path)
-  config.update(fields)
-  return make_task(config)
+def make(name, **fields):
+  return make_task(make_config(name, **fields))
 
 
-def create(task):
-  return nnx.jit(task.create_model)(nnx.Rngs(0))
+# Every task.
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batches_are_a_pure_function_of_seed_and_step(name):
+  task, again = make(name, seed=3), make(name, seed=3)
+  for step in (0, 1, 22, 1000):
+    batch = task.train_batch(step)
+    sizes = {len(array) for array in batch.values()}
+    assert sizes == {make_config(name).batch_size}
+    assert_same(batch, again.train_batch(step))
+    part = again.train_batch(step, slice(2, 6))
+    assert_same({k: v[2:6] for k, v in batch.items()}, part)
+  assert_same(task.train_batch(5), again.train_batch(5))
+  first = next(iter(batch))
+  for other in (task.train_batch(6), make(name, seed=4).train_batch(5)):
+    assert (other[first] != task.train_batch(5)[first]).any()
+  for a, b in zip(
+    task.eval_batches(), make(name, seed=4).eval_batches(), strict=True
+  ):
+    assert_same(a, b)
+    assert not len(a[first]) % 8
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"digits", "cnn"}))
+def test_jobs_train(name):
+  config = make_config(name, batch_size=8)
+  config.optimizer = "adamw"
+  job = make_job(config, jax.devices()[:1])
+  losses = []
+  with jax.set_mesh(job.mesh):
+    state, batch = job.create(), job.train_batch(0)
+    # Of four steps the first has a learning rate of 0: it warms up.
+    for _ in range(4):
+      state, metrics = job.train_step(state, batch)
+      losses.append(float(metrics["train/loss"]))
+  assert np.isfinite(losses).all()
+  assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_runs_can_be_vmapped_over_seeds(name):
+  task = make(name, batch_size=8)
+  batch = task.train_batch(0)
+
+  def first_step(seed):
+    model = task.create_model(nnx.Rngs(jax.random.key(seed)))
+    return nnx.value_and_grad(task.loss, has_aux=True)(model, batch)
+
+  (loss, _), grads = jax.eval_shape(jax.vmap(first_step), jnp.arange(2))
+  assert loss.shape == (2,)
+  assert {leaf.shape[0] for leaf in jax.tree.leaves(grads)} == {2}
+
+
+@pytest.mark.parametrize(
+  ("name", "model"),
+  [("cnn", {}), ("vit", {"num_layers": 1}), ("autoencoder", {})],
+)
+def test_bfloat16(name, model):
+  references.check_bfloat16(make(name, dtype="bfloat16", model=model))
+
+
+def test_only_text_has_a_report():
+  for name in CONFIGS.keys() - {"tiny"}:
+    assert make(name).report(None) == ""
+
+
+# Digits: the data.
 
 
 def rows(batch):
@@ -51,30 +120,9 @@ def rows(batch):
   return sorted(image.tobytes() + label.tobytes() for image, label in pairs)
 
 
-def join(batches):
-  return jax.tree.map(lambda *x: np.concatenate(x), *batches)
-
-
-def assert_same(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-# Digits.
-
-
-def test_digits_batches_are_a_pure_function_of_seed_and_step():
-  task, again = digits(seed=3), digits(seed=3)
-  for step in (0, 1, 22, 23, 1000):
-    batch = task.train_batch(step)
-    assert {len(array) for array in batch.values()} == {64}
-    assert_same(batch, again.train_batch(step))
-  assert_same(task.train_batch(5), again.train_batch(5))
-  assert rows(task.train_batch(5)) != rows(digits(seed=4).train_batch(5))
-
-
 @pytest.mark.parametrize("batch_size", [100, 3000])
 def test_digits_covers_each_epoch_exactly_once(batch_size):
-  task = digits(batch_size=batch_size)
+  task = make("digits", batch_size=batch_size)
   everything = datasets.load_digits()
   held_out = join(task.eval_batches())
   count = len(everything.target) - len(held_out["label"])
@@ -93,404 +141,326 @@ def test_digits_covers_each_epoch_exactly_once(batch_size):
   assert (epochs[0]["label"] != epochs[1]["label"]).any()
 
 
+def test_digits_batches_stay_what_they_were():
+  # A run resumed by a newer release goes on with the same examples.
+  batch = make("digits", seed=3).train_batch(1000)
+  expected = [5, 2, 4, 5, 2, 2, 3, 3, 5, 4, 0, 2]
+  np.testing.assert_array_equal(batch["label"][:12], expected)
+
+
 def test_digits_holds_out_a_fixed_stratified_fifth():
-  (batch,) = digits(seed=1).eval_batches()
-  assert_same([batch], digits(seed=2).eval_batches())
+  (batch,) = make("digits", seed=1).eval_batches()
   np.testing.assert_array_equal(np.bincount(batch["label"]), [36] * 10)
 
 
 @pytest.mark.parametrize(
-  ("variant", "widths"), [("", (8,)), ("cnn", (4,)), ("cnn", (4, 4, 4, 4, 4))]
+  ("name", "classes", "key"),
+  [("digits", 10, "label"), ("breast_cancer", 2, "target")],
 )
-def test_digits_models_take_any_widths(variant, widths):
-  task = digits(variant, model={"widths": widths})
+def test_label_noise_is_of_training_labels_only(name, classes, key):
+  def task(fraction):
+    return make(name, batch_size=count, data={"label_noise": fraction})
+
+  count = {"digits": 1437, "breast_cancer": 457}[name]
+  clean = task(0.0).train_batch(0)
+  changed = {}
+  for fraction in (0.1, 0.5, 1.0):
+    noisy = task(fraction).train_batch(0)
+    assert_same(
+      {k: v for k, v in noisy.items() if k != key},
+      {k: v for k, v in clean.items() if k != key},
+    )
+    assert noisy[key].dtype == clean[key].dtype
+    changed[fraction] = noisy[key] != clean[key]
+    # Of those drawn anew, one in so many gets its own class again.
+    expected = fraction * (1 - 1 / classes)
+    assert changed[fraction].mean() == pytest.approx(expected, abs=0.05)
+    assert_same(task(fraction).eval_batches(), task(0.0).eval_batches())
+  assert (changed[0.1] <= changed[0.5]).all()
+  assert (changed[0.5] <= changed[1.0]).all()
+  shares = np.bincount(noisy[key]) / count
+  np.testing.assert_allclose(shares, [1 / classes] * classes, atol=0.05)
+
+
+def test_label_noise_is_the_same_for_every_seed():
+  tasks = [
+    make("logistic", seed=seed, batch_size=1437, data={"label_noise": 0.5})
+    for seed in range(2)
+  ]
+  one, other = (rows(task.train_batch(0)) for task in tasks)
+  assert one == other
+
+
+# Digits: the models.
+
+
+@pytest.mark.parametrize(
+  ("name", "widths"),
+  [("digits", (8,)), ("cnn", (4,)), ("cnn", (4, 4, 4, 4, 4))],
+)
+def test_digits_models_take_any_widths(name, widths):
+  task = make(name, model={"widths": widths})
   model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
   logits = nnx.eval_shape(lambda m: m(jnp.zeros([3, 8, 8])), model)
   assert logits.shape == (3, 10)
   assert len(model.hidden) == len(widths)
 
 
-def test_digits_loss_is_the_reference():
-  task = digits(model={"widths": (16, 8)})
-  model = create(task)
-  batch = task.train_batch(0)
-  x = batch["image"].reshape(64, 64) / np.float64(16)
-  layers = [*model.hidden, model.head]
-  for i, layer in enumerate(layers):
-    x = x @ f64(layer.kernel) + f64(layer.bias)
-    if i + 1 < len(layers):
-      x = np.maximum(x, 0)
-  check_loss(task, model, batch, x, batch["label"])
+def convolutions(model, images):
+  """The logits of a Cnn: at each place, the 3x3 pixels around it."""
+  x = images[..., None]
+  for i, layer in enumerate(model.hidden):
+    # An even side at stride 2 is padded behind alone.
+    stride, padding = (1, (1, 1)) if i == 0 else (2, (0, 1))
+    x = np.pad(x, ((0, 0), padding, padding, (0, 0)))
+    patches = np.lib.stride_tricks.sliding_window_view(x, (3, 3), (1, 2))
+    x = np.einsum(
+      "bijcyx,yxcd->bijd", patches[:, ::stride, ::stride], f64(layer.kernel)
+    )
+    x = np.maximum(x + f64(layer.bias), 0)
+  return references.linear(model.head, x.reshape(len(x), -1))
 
 
-def check_loss(task, model, batch, logits, labels):
-  """Compares task.loss with the cross-entropy of `logits`, float64 [..., n]."""
-  logits = logits.reshape(-1, logits.shape[-1])
-  labels = labels.reshape(-1)
-  log_z = np.log(np.exp(logits).sum(-1))
-  expected = (log_z - logits[np.arange(len(labels)), labels]).mean()
-  loss, metrics = nnx.jit(task.loss)(model, batch)
-  assert loss.dtype == jnp.float32
-  np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  np.testing.assert_allclose(
-    metrics["accuracy"], (logits.argmax(-1) == labels).mean(), rtol=1e-6
-  )
-  return metrics | {"loss": loss}
-
-
-def f64(param):
-  return np.asarray(param[...], np.float64)
-
-
-# Text: the data.
-
-
-def test_read_files_keeps_text_in_sorted_order(tmp_path):
-  written = {
-    "b.txt": b"b",
-    "a/z.txt": "\N{SNOWMAN}".encode(),
-    "a/b/c.md": b"c",
-    "empty.txt": b"",
-    "nul.txt": b"a\0b",
-    "latin1.txt": "\xe9".encode("latin-1"),
-    ".hidden": b"h",
-    ".git/config": b"h",
-    "__pycache__/a.txt": b"p",
-    "skipped/a.txt": b"s",
-  }
-  for name, data in written.items():
-    path = tmp_path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-  (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-  files = text_task.read_files(tmp_path, skip=("skipped",))
-  assert list(files) == ["a/b/c.md", "a/z.txt", "b.txt"]
-  assert files == {name: written[name] for name in files}
-  assert list(text_task.read_files(tmp_path, suffix=".md")) == ["a/b/c.md"]
-
-
-def test_split_by_file_is_disjoint_and_stable():
-  files = {f"{i}.txt": b"%d" % i for i in range(1000)}
-  train, held_out = text_task.split_by_file(files)
-  assert train | held_out == files
-  assert not train.keys() & held_out.keys()
-  assert 50 < len(held_out) < 150
-  assert all(zlib.crc32(path.encode()) % 10 == 0 for path in held_out)
-  more = files | {f"more{i}.txt": b"" for i in range(1000)}
-  assert held_out.items() <= text_task.split_by_file(more)[1].items()
-
-
-@pytest.mark.parametrize("count", [2, 3, 9, 25])
-@pytest.mark.parametrize("chosen", [True, False])
-def test_split_by_file_leaves_neither_side_empty(count, chosen):
-  paths = (f"{i}.txt" for i in range(10_000))
-  paths = [p for p in paths if (zlib.crc32(p.encode()) % 10 == 0) == chosen]
-  files = dict.fromkeys(paths[:count], b"text")
-  train, held_out = text_task.split_by_file(files)
-  assert train | held_out == files
-  assert len(held_out) == max(1, count // 10)
-  assert len(train) == count - len(held_out)
-
-
-def test_one_file_holds_out_its_last_tenth():
-  data = bytes(range(100))
-  train, held_out = text_task.split_by_file({"a": data})
-  assert (train["a"], held_out["a"]) == (data[:90], data[90:])
-
-
-def test_text_batches_are_a_pure_function_of_seed_and_step(folder):
-  task, again = text(folder, seed=3), text(folder, seed=3)
-  for step in (0, 1, 1000):
-    batch = task.train_batch(step)
-    assert batch["text"].shape == (8, 33)
-    assert batch["text"].dtype == np.uint8
-    assert_same(batch, again.train_batch(step))
-  batch = task.train_batch(1)["text"]
-  assert (batch != task.train_batch(2)["text"]).any()
-  assert (batch != text(folder, seed=4).train_batch(1)["text"]).any()
-
-
-def test_text_windows_come_from_their_own_side(folder):
-  train, held_out = (
-    b"".join(side.values())
-    for side in text_task.split_by_file(text_task.read_files(folder))
-  )
-  task = text(folder)
-  for step in range(5):
-    for window in task.train_batch(step)["text"]:
-      assert window.tobytes() in train
-      assert window.tobytes() not in held_out
-  batches = task.eval_batches()
-  assert_same(batches, text(folder, seed=9).eval_batches())
-  starts = [
-    held_out.index(window.tobytes()) for window in join(batches)["text"]
-  ]
-  assert (np.diff(starts) >= 33).all()
-
-
-def test_text_windows_reach_both_ends_of_the_data(tmp_path):
-  data = np.arange(1, 126, dtype=np.uint8)
-  (tmp_path / "a.txt").write_bytes(data.tobytes())
-  task = text(tmp_path, model={"context_length": 10}, batch_size=5000)
-  batch = task.train_batch(0)["text"]
-  # The last tenth, 12 bytes, is held out.
-  np.testing.assert_array_equal(np.unique(batch), data[:-12])
-
-
-@pytest.mark.parametrize(
-  ("batch_size", "eval_windows", "shapes"),
-  [
-    (8, 32, [(8, 33)] * 4),
-    (8, 35, [(8, 33)] * 4),
-    (8, 3, [(3, 33)]),
-    (4096, 10**9, [(60, 33)]),
-    (50, 10**9, [(50, 33)]),
-  ],
-)
-def test_text_eval_batches_are_of_one_shape(
-  tmp_path, batch_size, eval_windows, shapes
-):
-  (tmp_path / "a.txt").write_bytes(b"0123456789" * 2000)
-  task = text(
-    tmp_path, batch_size=batch_size, data={"eval_windows": eval_windows}
-  )
-  assert [batch["text"].shape for batch in task.eval_batches()] == shapes
-
-
-def test_standard_library_is_the_default_text():
-  task = text("")
-  kind, rest = task.description.split(": ", 1)
-  assert kind == "text"
-  assert float(rest.split(" MB")[0]) >= 4
-  assert text("").description == task.description
-  for batch in task.eval_batches():
-    assert batch["text"].max() < 256
-
-
-def test_unigram_entropy():
-  data = np.repeat(np.arange(256, dtype=np.uint8), 3)
-  assert text_task.unigram_entropy(data) == pytest.approx(8)
-  data = np.frombuffer(b"aaab", np.uint8)
-  expected = 0.25 * 2 + 0.75 * math.log2(4 / 3)
-  assert text_task.unigram_entropy(data) == pytest.approx(expected)
-
-
-# Text: the model.
-
-
-@pytest.fixture(
-  scope="module", params=[("rotary", "swiglu"), ("learned", "gelu")], ids=str
-)
-def language_model(request, folder):
-  """A task and its model, for each kind of positions and of MLP."""
-  positions, mlp = request.param
-  task = text(
-    folder, model={"positions": positions, "mlp": mlp, "num_layers": 2}
-  )
-  return task, create(task)
-
-
-@nnx.jit
-def forward(model, tokens):
-  return model(tokens)
-
-
-def test_transformer_is_causal(language_model):
-  task, model = language_model
-  tokens = task.train_batch(0)["text"][:, :-1].astype(np.int32)
-  changed = tokens.copy()
-  changed[:, 20] = 255
-  before, after = np.split(forward(model, np.r_[tokens, changed]), 2)
-  np.testing.assert_array_equal(before[:, :20], after[:, :20])
-  # It sees what came before as well: every later logit moves.
-  moved = np.abs(before - after).max(-1)
-  assert (moved[:, 20:] > 0).all()
-
-
-def test_text_loss_is_the_reference(language_model):
-  task, model = language_model
-  model = nnx.clone(model)
-  # At its initial size the head leaves every loss near ln 256.
-  model.head.kernel[...] = 10 * model.head.kernel[...]
-  batch = task.train_batch(0)
-  logits = reference(model, batch["text"][:, :-1], num_heads=2)
-  metrics = check_loss(task, model, batch, logits, batch["text"][:, 1:])
-  loss = metrics["loss"]
-  assert abs(loss - math.log(256)) > 0.01
-  np.testing.assert_allclose(
-    metrics["bits_per_byte"], loss / math.log(2), rtol=1e-6
-  )
-
-
-def reference(model, tokens, num_heads):
-  """The transformer's logits in float64 NumPy, one example at a time."""
+def vision_transformer(model, images, num_heads=4):
+  """The logits of a Vit, one image and one head at a time."""
 
   def norm(layer, x):
-    scale = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + layer.epsilon)
-    return x * scale * f64(layer.scale)
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    return x * f64(layer.scale) + f64(layer.bias)
 
   def attend(layer, x):
-    length, dim = len(x), x.shape[1] // num_heads
-    heads = []
+    y = f64(layer.out.bias)
     for h in range(num_heads):
       q, k, v = (
-        x @ f64(f.kernel)[:, h * dim : (h + 1) * dim]
+        x @ f64(f.kernel)[:, h] + f64(f.bias)[h]
         for f in (layer.query, layer.key, layer.value)
       )
-      if layer.rotary:
-        q, k = turn(q), turn(k)
-      scores = q @ k.T / np.sqrt(dim)
-      scores[np.triu_indices(length, 1)] = -np.inf
-      p = np.exp(scores)
-      heads.append(p / p.sum(-1, keepdims=True) @ v)
-    return np.concatenate(heads, -1) @ f64(layer.out.kernel)
-
-  def turn(x):
-    half = x.shape[1] // 2
-    z = x[:, :half] + 1j * x[:, half:]
-    angle = np.arange(len(x))[:, None] * 10_000.0 ** -(np.arange(half) / half)
-    z = z * np.exp(1j * angle)
-    return np.concatenate([z.real, z.imag], -1)
-
-  def feed_forward(layer, x):
-    up = x @ f64(layer.up.kernel)
-    if hasattr(layer, "gate"):
-      gate = x @ f64(layer.gate.kernel)
-      up = up * gate / (1 + np.exp(-gate))
-    else:
-      up = up / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
-    return up @ f64(layer.down.kernel)
+      p = references.softmax(q @ k.T / np.sqrt(q.shape[1]))
+      y = y + p @ v @ f64(layer.out.kernel)[h]
+    return y
 
   logits = []
-  for example in tokens:
-    x = f64(model.embed.embedding)[example]
-    if model.positions is not None:
-      x = x + f64(model.positions.embedding)[: len(x)]
+  for image in images:
+    patches = [
+      image[y : y + 2, x : x + 2].reshape(-1)
+      for y in range(0, 8, 2)
+      for x in range(0, 8, 2)
+    ]
+    x = references.linear(model.embed, np.stack(patches))
+    x = x + f64(model.positions)
     for block in model.blocks:
       x = x + attend(block.attention, norm(block.attention_norm, x))
-      x = x + feed_forward(block.mlp, norm(block.mlp_norm, x))
-    logits.append(norm(model.norm, x) @ f64(model.head.kernel))
+      up = references.linear(block.up, norm(block.mlp_norm, x))
+      x = x + references.linear(block.down, references.gelu(up))
+    logits.append(references.linear(model.head, norm(model.norm, x).mean(0)))
   return np.stack(logits)
 
 
-def test_dropout_only_where_asked(folder):
-  plain = create(text(folder))
-  assert not jax.tree.leaves(nnx.state(plain, nnx.RngState))
-  task = text(folder, model={"dropout": 0.5})
-  model = create(task)
+@pytest.mark.parametrize(
+  ("name", "forward"),
+  [
+    ("logistic", references.mlp),
+    ("mlp", references.mlp),
+    ("small_cnn", convolutions),
+    ("vit", vision_transformer),
+  ],
+)
+def test_digits_loss_is_the_reference(name, forward):
+  task = make(name)
+  model = perturbed(task)
   batch = task.train_batch(0)
-  loss = nnx.jit(task.loss)
-  assert loss(model, batch)[0] != loss(model, batch)[0]
-  model.eval()
-  assert loss(model, batch)[0] == loss(model, batch)[0]
+  logits = forward(model, batch["image"] / np.float64(16))
+  check_loss(task, model, batch, logits, batch["label"])
 
 
-@pytest.mark.parametrize("make", [digits, text])
-def test_dtypes(make, folder):
-  argument = folder if make is text else "cnn"
-  task = make(argument, dtype="bfloat16")
-  model = create(task)
-  params = nnx.state(model, nnx.Param)
-  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+def test_logistic_has_no_hidden_layer():
+  model = references.create(make("logistic"))
+  assert len(model.hidden) == 0
+  assert model.head.kernel.shape == (64, 10)
+
+
+# The autoencoder.
+
+
+def test_autoencoder_loss_is_the_reference():
+  task = make("autoencoder", model={"widths": (32, 16)})
+  model = perturbed(task)
   batch = task.train_batch(0)
-  jaxpr = str(jax.make_jaxpr(lambda b: task.loss(model, b))(batch))
-  assert ":bf16[" in jaxpr
-  step = nnx.jit(nnx.value_and_grad(task.loss, has_aux=True))
-  (loss, metrics), grads = step(model, batch)
-  assert {x.dtype for x in (loss, *metrics.values())} == {jnp.dtype("float32")}
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+  assert batch.keys() == {"image"}
+  pixels = batch["image"].reshape(32, 64) / np.float64(16)
+  code = references.mlp(model.encoder, pixels)
+  assert code.shape == (32, 8)
+  assert code.min() < 0
+  assert [f.kernel.shape[1] for f in model.decoder.hidden] == [16, 32]
+  restored = references.mlp(model.decoder, code)
+  references.check_squared_error(task, model, batch, restored, pixels)
 
 
-def test_report_is_deterministic(folder):
-  task = text(folder, sample_length=50, model={"dropout": 0.5})
-  model = create(task)
-  sample = task.report(model)
-  assert 0 < len(sample) <= 50
-  assert all(c.isprintable() or c in "\n\t" for c in sample)
-  assert sample == task.report(model)
-  # The report's evaluation mode is its own.
-  assert not model.blocks[0].dropout.deterministic
-  assert sample != text(folder, sample_length=50, seed=1).report(model)
-  assert text(folder, sample_length=0).report(model) == ""
+def test_autoencoder_has_the_images_of_digits():
+  ours, theirs = (make(name, seed=3) for name in ("autoencoder", "mlp"))
+  ours, theirs = ours.train_batch(7), theirs.train_batch(7)
+  np.testing.assert_array_equal(ours["image"], theirs["image"])
 
 
-def test_report_at_temperature_zero_takes_the_likeliest(folder):
-  task = text(folder, sample_length=4, sample_temperature=0.0)
-  model = create(task)
-  # Only lower case, so that what is sampled can be shown.
-  letters = np.zeros(256)
-  letters[97:123] = 1
-  model.head.kernel[...] = model.head.kernel[...] * letters
-  window = task.eval_batches()[0]["text"][0, :-1].astype(np.int32)
-  for letter in task.report(model):
-    likeliest = int(forward(model, window[None])[0, -1].argmax())
-    assert letter == chr(likeliest)
-    window = np.append(window[1:], np.int32(likeliest))
+# Tables.
 
 
-def test_digits_has_no_report():
-  assert digits().report(None) == ""
+@pytest.mark.parametrize(
+  ("name", "counts"), [("breast_cancer", (457, 112)), ("diabetes", (354, 88))]
+)
+def test_tables_are_standardized_by_their_training_rows(name, counts):
+  task = make(name, batch_size=counts[0], data={"label_noise": 0.0})
+  train, held_out = task.train_batch(0), join(task.eval_batches())
+  assert (len(train["target"]), len(held_out["target"])) == counts
+  features, target = getattr(datasets, f"load_{name}")(return_X_y=True)
+  originals = {"features": features}
+  if name == "diabetes":
+    originals["target"] = target
+  else:
+    both = join([train, held_out])["target"]
+    np.testing.assert_array_equal(np.bincount(both), np.bincount(target))
+  for key, original in originals.items():
+    assert train[key].dtype == np.float32
+    np.testing.assert_allclose(train[key].mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(train[key].std(0), 1, rtol=1e-5)
+    assert (np.abs(held_out[key].mean(0)) > 1e-3).any()
+    # The held-out rows are moved and scaled alike.
+    ours = np.sort(join([train, held_out])[key].astype(np.float64), 0)
+    ours, theirs = (
+      (x - x.mean(0)) / x.std(0) for x in (ours, np.sort(original, 0))
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_tables_keep_rows_together():
+  task = make("diabetes", batch_size=354)
+  features, target = datasets.load_diabetes(return_X_y=True)
+  batch = join([task.train_batch(0), *task.eval_batches()])
+  for column in range(features.shape[1]):
+    ours = np.corrcoef(batch["features"][:, column], batch["target"])
+    theirs = np.corrcoef(features[:, column], target)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_class_loss_is_the_reference():
+  task = make("breast_cancer", model={"widths": (5,)})
+  model = perturbed(task)
+  batch = task.train_batch(0)
+  assert batch["features"].shape == (32, 30)
+  logits = references.mlp(model, batch["features"])
+  assert logits.shape == (32, 2)
+  check_loss(task, model, batch, logits, batch["target"])
+
+
+@pytest.mark.parametrize(("name", "width"), [("diabetes", 10), ("teacher", 16)])
+@pytest.mark.parametrize("widths", [(), (7, 5)])
+def test_number_loss_is_the_reference(name, width, widths):
+  task = make(name, model={"widths": widths})
+  model = perturbed(task)
+  batch = task.train_batch(0)
+  assert batch["features"].shape == (32, width)
+  predictions = references.mlp(model, batch["features"])
+  references.check_squared_error(
+    task, model, batch, predictions, batch["target"]
+  )
+
+
+# The teacher.
+
+
+def test_teacher_is_a_fixed_function_and_noise():
+  noisy = make("teacher", batch_size=4096)
+  clean = make("teacher", batch_size=4096, data={"noise": 0.0})
+  a, b = noisy.train_batch(0), clean.train_batch(0)
+  np.testing.assert_array_equal(a["features"], b["features"])
+  x = b["features"].astype(np.float64)
+  np.testing.assert_allclose(
+    b["target"], (np.tanh(x @ clean._w1) @ clean._w2)[:, 0], atol=1e-5
+  )
+  for other in (make("teacher", seed=9), noisy):
+    assert_same([other._w1, other._w2], [clean._w1, clean._w2])
+  assert (a["target"] - b["target"]).std() == pytest.approx(0.3, rel=0.05)
+  assert (a["target"] - b["target"]).mean() == pytest.approx(0, abs=0.02)
+  np.testing.assert_allclose(np.cov(x.T), np.eye(16), atol=0.1)
+
+
+def test_teacher_never_repeats_an_example():
+  task = make("teacher")
+  batches = [task.train_batch(step) for step in range(20)]
+  batches += [make("teacher", seed=1).train_batch(0), *task.eval_batches()]
+  features = join(batches)["features"]
+  assert len(features) == 21 * 32 + 2048
+  assert len(np.unique(features[:, 0])) > 0.999 * len(features)
 
 
 # What cannot be run.
 
 
 def test_unknown_variants_name_the_known_ones():
-  with pytest.raises(UsageError, match="did you mean 'tiny'"):
-    text_config.get_config("tiney")
   with pytest.raises(UsageError, match=r"digits.py has no variant 'x'.* cnn"):
-    digits_config.get_config("x")
+    digits.get_config("x")
+  with pytest.raises(UsageError, match="did you mean 'diabetes'"):
+    tabular.get_config("diabetis")
 
 
 @pytest.mark.parametrize(
-  ("fields", "message"),
+  ("name", "fields", "message"),
   [
-    ({"task": "digitz"}, "config.task='digitz'.*did you mean 'digits'"),
-    ({"dtype": "bfloat"}, "config.dtype='bfloat'.*'bfloat16'"),
-    ({"param_dtype": "int8"}, "config.param_dtype='int8'"),
-    ({"model": {"name": "cnm"}}, "config.model.name='cnm'.*'cnn'"),
-    ({"model": {"widths": (3, 0)}}, r"config.model.widths=\(3, 0\)"),
-    ({"model": {"widths": ()}}, r"config.model.widths=\(\)"),
+    ("digits", {"task": "digitz"}, "config.task='digitz'.*mean 'digits'"),
+    ("digits", {"dtype": "bfloat"}, "config.dtype='bfloat'.*'bfloat16'"),
+    ("digits", {"param_dtype": "int8"}, "config.param_dtype='int8'"),
+    ("digits", {"model": {"name": "cnm"}}, "config.model.name='cnm'.*'cnn'"),
+    (
+      "digits",
+      {"model": {"name": "vit"}},
+      "'vit' takes num_layers, num_heads, embed_dim, mlp_dim, and config.model "
+      "has widths; type --config=configs/digits.py:vit",
+    ),
+    (
+      "digits",
+      {"model": {"name": "logistic"}},
+      "'logistic' takes no fields, and config.model has widths",
+    ),
+    (
+      "logistic",
+      {"model": {"name": "cnn"}},
+      "takes widths, and config.model has no fields; .*digits.py:cnn",
+    ),
+    ("digits", {"model": {"widths": (3, 0)}}, r"config.model.widths=\(3, 0\)"),
+    ("digits", {"model": {"widths": ()}}, r"config.model.widths=\(\)"),
+    ("vit", {"model": {"num_layers": 0}}, "config.model.num_layers=0"),
+    (
+      "vit",
+      {"model": {"num_heads": 3}},
+      "embed_dim=32 must be a multiple of 3",
+    ),
+    (
+      "logistic",
+      {"data": {"label_noise": 1.1}},
+      "config.data.label_noise=1.1 must be from 0 to 1",
+    ),
+    ("autoencoder", {"model": {"code": 0}}, "config.model.code=0"),
+    ("autoencoder", {"model": {"widths": (0,)}}, "config.model.widths"),
+    ("diabetes", {"model": {"widths": (0,)}}, "config.model.widths"),
+    ("teacher", {"model": {"widths": (0,)}}, "config.model.widths"),
+    ("diabetes", {"data": {"name": "diabetis"}}, "'diabetis'.*'diabetes'"),
+    (
+      "diabetes",
+      {"data": {"label_noise": 0.1}},
+      "the target of diabetes is a number; type --config.data.label_noise=0.0",
+    ),
+    ("breast_cancer", {"data": {"label_noise": -1.0}}, "label_noise=-1.0"),
+    ("teacher", {"data": {"noise": -0.1}}, "config.data.noise=-0.1"),
   ],
 )
-def test_digits_errors(fields, message):
+def test_errors(name, fields, message):
   with pytest.raises(UsageError, match=message):
-    digits(**fields)
+    make(name, **fields)
 
 
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    ({"model": {"positions": "rotery"}}, "model.positions.*'rotary'"),
-    ({"model": {"mlp": "relu"}}, "config.model.mlp='relu'"),
-    ({"model": {"num_layers": 0}}, "config.model.num_layers=0"),
-    ({"model": {"num_heads": 3}}, "embed_dim=32 must be a multiple of 6"),
-    ({"model": {"num_heads": 32}}, "embed_dim=32 must be a multiple of 64"),
-    ({"model": {"dropout": 1.0}}, "config.model.dropout=1.0"),
-    ({"data": {"eval_windows": 0}}, "config.data.eval_windows=0"),
-    ({"model": {"context_length": 5000}}, "too little text.*2500 bytes.*5001"),
-  ],
-)
-def test_text_errors(folder, fields, message):
-  with pytest.raises(UsageError, match=message):
-    text(folder, **fields)
-
-
-def test_learned_positions_need_no_even_width(folder):
-  text(folder, model={"num_heads": 32, "positions": "learned"})
-
-
-def test_folders_without_text(tmp_path):
-  with pytest.raises(UsageError, match=r"config.data.path.*is not a folder"):
-    text(tmp_path / "missing")
-  (tmp_path / "binary").write_bytes(b"\0")
-  with pytest.raises(UsageError, match=r"config.data.path.*holds no UTF-8"):
-    text(tmp_path)
-  with pytest.raises(UsageError, match=r"config.data.path.*is not a folder"):
-    text(tmp_path / "binary")
-
-
-def test_digits_without_scikit_learn(monkeypatch):
+@pytest.mark.parametrize("name", ["digits", "autoencoder", "diabetes"])
+def test_tasks_without_scikit_learn(monkeypatch, name):
   monkeypatch.setitem(sys.modules, "sklearn", None)
   with pytest.raises(UsageError, match=r'pip install "flax_mechanic\[train\]"'):
-    digits()
+    make(name)

@@ -9,12 +9,21 @@ import numpy as np
 from flax import nnx
 
 from flax_mechanic.errors import UsageError, did_you_mean
+from train.tasks.autoencoder import Autoencoder
 from train.tasks.digits import Digits
+from train.tasks.tabular import Tabular
+from train.tasks.teacher import Teacher
 from train.tasks.text import Text
 
 Batch = Mapping[str, np.ndarray]
 
-_TASKS = {"digits": Digits, "text": Text}
+_TASKS = {
+  "autoencoder": Autoencoder,
+  "digits": Digits,
+  "tabular": Tabular,
+  "teacher": Teacher,
+  "text": Text,
+}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -1,0 +1,31 @@
+r"""Handwritten digits, 8x8 pixels, through a code of 8 numbers and back.
+
+  python -m train.main --config=configs/autoencoder.py \
+    --config.optimizer=mechanic --workdir=runs/autoencoder
+
+takes 10 seconds on two CPU cores and ends with an eval/loss of 0.022, the mean
+squared error of a pixel from 0 to 1; --config.optimizer=adamw, with the
+learning_rate of 3e-3 below, ends with 0.032. The mean image gives 0.074, and
+the first 8 principal components 0.025.
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the job's config."""
+  config = default.get_config()
+  config.task = "autoencoder"
+  config.num_steps = 400
+  config.batch_size = 32
+  config.schedule.warmup_steps = 40
+  config.learning_rate = 3e-3
+
+  config.model = ml_collections.ConfigDict()
+  # Of the hidden layers before the code; after it they come in reverse.
+  config.model.widths = (32,)
+  # Numbers that an image is reduced to.
+  config.model.code = 8
+  return config

@@ -1,0 +1,60 @@
+r"""A class, or a number, from a row of measurements; from scikit-learn.
+
+  python -m train.main --config=configs/tabular.py:breast_cancer \
+    --config.optimizer=mechanic --workdir=runs/breast_cancer
+
+is a logistic regression, a tenth of whose training labels are drawn at random.
+It takes 8 seconds on two CPU cores and ends with an eval/accuracy of 0.93;
+--config.optimizer=adamw, with the learning_rate of 3e-3 below, ends with 0.92.
+
+configs/tabular.py:diabetes is a small network for a number of variance 1. It
+ends with an eval/loss, its mean squared error, of 0.50 under both; the linear
+least squares give 0.50 as well.
+"""
+
+import ml_collections
+
+from configs import default
+from flax_mechanic.errors import UsageError, did_you_mean
+
+_VARIANTS = {
+  "breast_cancer": {"data": {"label_noise": 0.1}, "model": {"widths": ()}},
+  "diabetes": {"data": {"label_noise": 0.0}, "model": {"widths": (32,)}},
+}
+
+
+def get_config(variant: str = "breast_cancer") -> ml_collections.ConfigDict:
+  """Returns the job's config.
+
+  Args:
+    variant: breast_cancer or diabetes, the table, what follows the colon of
+      `configs/tabular.py:diabetes`.
+
+  Raises:
+    UsageError: no such variant.
+  """
+  if variant not in _VARIANTS:
+    raise UsageError(
+      f"configs/tabular.py has no variant {variant!r}"
+      f"{did_you_mean(variant, _VARIANTS)}"
+    )
+  config = default.get_config()
+  config.task = "tabular"
+  config.num_steps = 400
+  config.batch_size = 32
+  config.schedule.warmup_steps = 40
+  config.learning_rate = 3e-3
+
+  config.data = ml_collections.ConfigDict()
+  # breast_cancer or diabetes.
+  config.data.name = variant
+  # Of the training labels, the fraction drawn anew, each class as likely; 0.0
+  # where the target is a number.
+  config.data.label_noise = 0.0
+
+  config.model = ml_collections.ConfigDict()
+  # Of the hidden layers; () makes a linear model.
+  config.model.widths = ()
+
+  config.update(_VARIANTS[variant])
+  return config

@@ -29,7 +29,8 @@ CONFIGS = {
   "breast_cancer": (tabular, "breast_cancer"),
   "diabetes": (tabular, "diabetes"),
   "teacher": (teacher,),
-  "tiny": (text, "tiny"),
+  "small": (text, "small"),
+  "gru": (text, "gru"),
 }
 
 
@@ -107,7 +108,7 @@ def test_bfloat16(name, model):
 
 
 def test_only_text_has_a_report():
-  for name in CONFIGS.keys() - {"tiny"}:
+  for name in CONFIGS.keys() - {"small", "gru"}:
     assert make(name).report(None) == ""
 
 
@@ -414,18 +415,18 @@ def test_unknown_variants_name_the_known_ones():
     (
       "digits",
       {"model": {"name": "vit"}},
-      "'vit' takes num_layers, num_heads, embed_dim, mlp_dim, and config.model "
-      "has widths; type --config=configs/digits.py:vit",
+      "'vit' needs num_layers, num_heads, embed_dim, mlp_dim and has no widths"
+      "; type --config=configs/digits.py:vit",
     ),
     (
       "digits",
       {"model": {"name": "logistic"}},
-      "'logistic' takes no fields, and config.model has widths",
+      "'logistic' has no widths; type --config=configs/digits.py:logistic",
     ),
     (
       "logistic",
       {"model": {"name": "cnn"}},
-      "takes widths, and config.model has no fields; .*digits.py:cnn",
+      "'cnn' needs widths; type --config=configs/digits.py:cnn",
     ),
     ("digits", {"model": {"widths": (3, 0)}}, r"config.model.widths=\(3, 0\)"),
     ("digits", {"model": {"widths": ()}}, r"config.model.widths=\(\)"),

@@ -4,6 +4,7 @@ import math
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,6 +19,8 @@ from tests.references import (
   f64,
   gelu,
   join,
+  linear,
+  perturbed,
   softmax,
 )
 from train.tasks import make_task
@@ -36,8 +39,8 @@ def folder(tmp_path_factory):
   return folder
 
 
-def text(path, **fields):
-  config = text_config.get_config("tiny")
+def text(path, variant="tiny", **fields):
+  config = text_config.get_config(variant)
   config.data.path = str(path)
   config.update(fields)
   return make_task(config)
@@ -273,6 +276,40 @@ def reference(model, tokens, num_heads):
   return np.stack(logits)
 
 
+def test_gru_loss_is_the_reference(folder):
+  task = text(folder, variant="gru")
+  model = perturbed(task)
+  batch = task.train_batch(0)
+  logits = gru(model, batch["text"][:, :-1])
+  metrics = check_loss(task, model, batch, logits, batch["text"][:, 1:])
+  np.testing.assert_allclose(
+    metrics["bits_per_byte"], metrics["loss"] / math.log(2), rtol=1e-6
+  )
+
+
+def gru(model, tokens):
+  """The GRU's logits in float64 NumPy, one example at a time."""
+
+  def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+  kernels = np.split(f64(model.cell.dense_i.kernel), 3, axis=1)
+  biases = np.split(f64(model.cell.dense_i.bias), 3)
+  recurrent = np.split(f64(model.cell.dense_h.kernel), 3, axis=1)
+  logits = []
+  for example in tokens:
+    h, states = np.zeros(64), []
+    for x in f64(model.embed.embedding)[example]:
+      of_x = [x @ w + b for w, b in zip(kernels, biases, strict=True)]
+      of_h = [h @ w for w in recurrent]
+      r, z = (sigmoid(of_x[i] + of_h[i]) for i in range(2))
+      n = np.tanh(of_x[2] + r * of_h[2])
+      h = (1 - z) * n + z * h
+      states.append(h)
+    logits.append(linear(model.head, np.stack(states)))
+  return np.stack(logits)
+
+
 def test_dropout_only_where_asked(folder):
   plain = create(text(folder))
   assert not jax.tree.leaves(nnx.state(plain, nnx.RngState))
@@ -285,8 +322,13 @@ def test_dropout_only_where_asked(folder):
   assert loss(model, batch)[0] == loss(model, batch)[0]
 
 
-def test_bfloat16(folder):
-  check_bfloat16(text(folder, dtype="bfloat16"))
+@pytest.mark.parametrize("variant", ["tiny", "gru"])
+def test_bfloat16(folder, variant):
+  task = text(folder, variant, dtype="bfloat16")
+  check_bfloat16(task)
+  model = create(task)
+  logits = jax.eval_shape(model, jnp.zeros((2, 32), jnp.int32))
+  assert (logits.shape, logits.dtype) == ((2, 32, 256), jnp.float32)
 
 
 def test_report_is_deterministic(folder):
@@ -337,9 +379,31 @@ def test_unknown_variants_name_the_known_ones():
     ({"model": {"context_length": 5000}}, "too little text.*2500 bytes.*5001"),
   ],
 )
-def test_text_errors(folder, fields, message):
+def test_transformer_errors(folder, fields, message):
   with pytest.raises(UsageError, match=message):
     text(folder, **fields)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"name": "lstm"}, "config.model.name='lstm' is not a model for text"),
+    (
+      {"name": "transformer"},
+      "remat and has no hidden_dim; type --config=configs/text.py",
+    ),
+    ({"num_layers": 2}, "'gru' has no num_layers; .*configs/text.py:gru"),
+    ({"hidden_dim": 0}, "config.model.hidden_dim=0"),
+  ],
+)
+def test_gru_errors(folder, fields, message):
+  with pytest.raises(UsageError, match=message):
+    text(folder, variant="gru", model=fields)
+
+
+@pytest.mark.parametrize("variant", ["", "1b", "8b"])
+def test_large_variants_have_the_fields_of_their_model(folder, variant):
+  text(folder, variant)
 
 
 def test_learned_positions_need_no_even_width(folder):

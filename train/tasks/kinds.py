@@ -45,10 +45,19 @@ def find_kind(
     )
   kind = kinds[model.name]
   given = [field for field in model if field != "name"]
-  if set(given) != set(kind.fields):
+  differences = {
+    "needs": [field for field in kind.fields if field not in given],
+    "has no": [field for field in given if field not in kind.fields],
+  }
+  if any(differences.values()):
     raise UsageError(
-      f"config.model.name={model.name!r} takes {_list(kind.fields)}, and"
-      f" config.model has {_list(given)}; type --config={kind.config}"
+      f"config.model.name={model.name!r} "
+      + " and ".join(
+        f"{verb} {', '.join(fields)}"
+        for verb, fields in differences.items()
+        if fields
+      )
+      + f"; type --config={kind.config}"
     )
   kind.check(model)
   return kind
@@ -70,7 +79,3 @@ def check_heads(model: ml_collections.ConfigDict) -> None:
       f"config.model.embed_dim={model.embed_dim} must be a multiple of"
       f" {model.num_heads}, config.model.num_heads"
     )
-
-
-def _list(fields: Sequence[str]) -> str:
-  return ", ".join(fields) or "no fields"

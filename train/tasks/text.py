@@ -1,4 +1,4 @@
-"""Any folder of text, byte by byte, for a transformer."""
+"""Any folder of text, byte by byte."""
 
 import functools
 import os
@@ -11,11 +11,25 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from flax import nnx
 
 from flax_mechanic.errors import UsageError
-from train.tasks import transformer
+from train.tasks import gru, kinds, losses, transformer
+
+_KINDS = {
+  "transformer": kinds.Kind(
+    transformer.Transformer,
+    fields=transformer.FIELDS,
+    check=transformer.check,
+    config="configs/text.py",
+  ),
+  "gru": kinds.Kind(
+    gru.Gru,
+    fields=gru.FIELDS,
+    check=gru.check,
+    config="configs/text.py:gru",
+  ),
+}
 
 # Tests, other people's packages, and folders that are tables more than text.
 _NOT_STDLIB = (
@@ -123,7 +137,7 @@ class Text:
   """
 
   def __init__(self, config: ml_collections.ConfigDict):
-    transformer.check(config.model)
+    self._kind = kinds.find_kind(config.model, _KINDS, "text")
     if config.data.eval_windows < 1:
       raise UsageError(
         f"config.data.eval_windows={config.data.eval_windows} leaves nothing to"
@@ -160,12 +174,10 @@ class Text:
       f" {unigram_entropy(self._held_out):.2f} bits per byte"
     )
 
-  def create_model(self, rngs: nnx.Rngs) -> transformer.Transformer:
+  def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
     """Returns a new model."""
-    return transformer.Transformer(
-      self._config.model,
-      dtype=jnp.dtype(self._config.dtype),
-      rngs=rngs,
+    return self._kind.create(
+      self._config.model, dtype=jnp.dtype(self._config.dtype), rngs=rngs
     )
 
   def train_batch(
@@ -196,17 +208,11 @@ class Text:
 
   def loss(
     self, model: nnx.Module, batch: Mapping[str, jax.Array]
-  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+  ) -> tuple[jax.Array, losses.Metrics]:
     """Returns the mean loss in nats per byte, accuracy and bits per byte."""
     text = batch["text"].astype(jnp.int32)
-    logits = model(text[:, :-1])
-    target = text[:, 1:]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    loss = losses.mean()
-    return loss, {
-      "accuracy": jnp.mean(logits.argmax(-1) == target, dtype=jnp.float32),
-      "bits_per_byte": loss / np.log(2.0),
-    }
+    loss, metrics = losses.cross_entropy(model(text[:, :-1]), text[:, 1:])
+    return loss, metrics | {"bits_per_byte": loss / np.log(2.0)}
 
   def report(self, model: nnx.Module) -> str:
     """Returns config.sample_length bytes that continue the held-out text."""

@@ -11,8 +11,12 @@ from flax import nnx
 
 from flax_mechanic.errors import UsageError, did_you_mean
 from train import mesh
+from train.tasks import kinds
 
 BYTES = 256
+
+_SIZES = ("num_layers", "num_heads", "embed_dim", "mlp_dim", "context_length")
+FIELDS = (*_SIZES, "positions", "mlp", "dropout", "scan_layers", "remat")
 
 # (logical axis of the inputs, of the outputs) -> layer.
 Linear = Callable[..., nnx.Linear]
@@ -236,10 +240,7 @@ def check(model: ml_collections.ConfigDict) -> None:
         f"config.model.{field}={model[field]!r} is not known"
         f"{did_you_mean(model[field], names)}"
       )
-  sizes = ("num_layers", "num_heads", "embed_dim", "mlp_dim", "context_length")
-  for field in sizes:
-    if model[field] < 1:
-      raise UsageError(f"config.model.{field}={model[field]} must be 1 or more")
+  kinds.check_sizes(model, _SIZES)
   step = model.num_heads * (2 if model.positions == "rotary" else 1)
   if model.embed_dim % step:
     raise UsageError(

@@ -129,30 +129,9 @@ def make_job(
       f"config.batch_size={config.batch_size} must be a multiple of {parts}, "
       "the devices over which config.mesh.data and .fsdp split it"
     )
-  schedule = flax_mechanic.make_schedule(
-    config.schedule.name or flax_mechanic.own_schedule(config),
-    config.num_steps // config.accumulate_steps,
-    config.schedule.warmup_steps,
-  )
-  tx = tx or flax_mechanic.make_optimizer(config, schedule)
+  tx = tx or flax_mechanic.make_optimizer(config, make_schedule(config))
   task = make_task(config)
-
-  def create() -> dict[str, Any]:
-    model = task.create_model(nnx.Rngs(config.seed))
-    mesh_lib.annotate(model)
-    # Drawn in float32 and cast: jax.random.normal in bfloat16 takes 8 random
-    # bits, and its draws have a mean of -0.01 (jax 0.12).
-    params = nnx.state(model, nnx.Param)
-    nnx.update(
-      model, jax.tree.map(lambda x: x.astype(config.param_dtype), params)
-    )
-    optimizer = flax_mechanic.Optimizer(
-      model,
-      tx,
-      shard_over=("data", "fsdp") if config.shard_optimizer_state else (),
-      offload=config.offload_optimizer_state,
-    )
-    return {"model": model, "optimizer": optimizer}
+  create = functools.partial(create_objects, task, config, tx, config.seed)
 
   with jax.set_mesh(_automatic(mesh)):
     objects = nnx.eval_shape(create)
@@ -183,23 +162,74 @@ def make_job(
       lambda: nnx.state(create()), specs, out_shardings=shardings
     ),
     train_step=compiled(
-      functools.partial(_train_step, task, graphdef),
+      functools.partial(train_step, task, graphdef),
       (specs, P()),
       donate_argnums=0,
       out_shardings=(shardings, None),
     ),
-    eval_step=compiled(functools.partial(_eval_step, task, graphdef), P()),
+    eval_step=compiled(functools.partial(eval_step, task, graphdef), P()),
   )
 
 
-def _train_step(
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+  """Returns the shape, with peak 1, of the config's learning rate."""
+  return flax_mechanic.make_schedule(
+    config.schedule.name or flax_mechanic.own_schedule(config),
+    config.num_steps // config.accumulate_steps,
+    config.schedule.warmup_steps,
+  )
+
+
+def create_objects(
+  task: Task,
+  config: ConfigDict,
+  tx: optax.GradientTransformation,
+  seed: jax.typing.ArrayLike,
+) -> dict[str, Any]:
+  """Returns a new model and its optimizer.
+
+  Args:
+    task: whose model it is.
+    config: as `configs.default` describes it; its seed is not read.
+    tx: the optimizer.
+    seed: of the parameters.
+  """
+  model = task.create_model(nnx.Rngs(jax.random.key(seed)))
+  mesh_lib.annotate(model)
+  # Drawn in float32 and cast: jax.random.normal in bfloat16 takes 8 random
+  # bits, and its draws have a mean of -0.01 (jax 0.12).
+  params = nnx.state(model, nnx.Param)
+  nnx.update(
+    model, jax.tree.map(lambda x: x.astype(config.param_dtype), params)
+  )
+  optimizer = flax_mechanic.Optimizer(
+    model,
+    tx,
+    shard_over=("data", "fsdp") if config.shard_optimizer_state else (),
+    offload=config.offload_optimizer_state,
+  )
+  return {"model": model, "optimizer": optimizer}
+
+
+def train_step(
   task: Task,
   graphdef: nnx.GraphDef,
   state: nnx.State,
   batch: Batch,
+  tx: optax.GradientTransformation | None = None,
 ) -> tuple[nnx.State, Metrics]:
+  """Returns the state after a step, and what was measured.
+
+  Args:
+    task: whose loss it is.
+    graphdef: of the state.
+    state: of what `create_objects` returns.
+    batch: on the mesh.
+    tx: in place of the one in `graphdef`; one with the same state.
+  """
   objects = nnx.merge(graphdef, state)
   optimizer = objects["optimizer"]
+  optimizer.tx = tx or optimizer.tx
   loss, metrics = optimizer.minimize(
     objects["model"], task.loss, batch, has_aux=True
   )
@@ -208,12 +238,13 @@ def _train_step(
   return nnx.state(objects), metrics
 
 
-def _eval_step(
+def eval_step(
   task: Task,
   graphdef: nnx.GraphDef,
   state: nnx.State,
   batch: Batch,
 ) -> Metrics:
+  """Returns what is measured on a held-out batch."""
   loss, metrics = task.loss(_eval_model(graphdef, state), batch)
   return _prefixed("eval", {"loss": loss, **metrics})
 

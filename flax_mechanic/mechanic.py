@@ -12,6 +12,7 @@ After:
   tx = mechanize(optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1.0, ...)))
 """
 
+import functools
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic.guard import guarded_update
-from flax_mechanic.inner_products import PAIRS, inner_products
+from flax_mechanic.inner_products import PAIRS, Sums, inner_products
 from flax_mechanic.sharding import Shardings, leaf_path
 
 
@@ -126,6 +127,7 @@ def mechanize(
   delayed_scale: bool = False,
   relative_s_init: float | None = None,
   groups: str | Callable[[str], Hashable] = "",
+  tune_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Learns the scale of `base_optimizer`'s updates, that is its learning rate.
 
@@ -196,6 +198,9 @@ def mechanize(
       with equal matches are a group, and so are all that do not match. "" is
       one group, ".*" one a leaf, r"blocks/\d+" one a block; or a function,
       path -> label.
+    tune_steps: updates after which the scale stays as it is and the base goes
+      on by itself; its inner products, but for the gradient's norm, are then
+      computed no more. None is never.
 
   Returns:
     A transformation whose state is a `MechanicState`. Its `update` wants
@@ -241,6 +246,8 @@ def mechanize(
     raise ValueError(
       f"relative_s_init={relative_s_init} must be above 0, or 0 for s_init"
     )
+  if tune_steps is not None and tune_steps < 1:
+    raise ValueError(f"tune_steps={tune_steps} must be at least 1, or None")
   if isinstance(groups, str):
     try:
       re.compile(groups)
@@ -269,6 +276,7 @@ def mechanize(
       f"betas={betas} must be numbers above 0 and below 1, at least one"
     )
   base_optimizer = optax.with_extra_args_support(base_optimizer)
+  pairs = (*PAIRS, "dd") if relative_s_init else PAIRS
 
   def init(params: optax.Params) -> MechanicState:
     dtype = _tuner_dtype(params)
@@ -367,7 +375,6 @@ def mechanize(
       updates,
     )
     x = _map(exact_x, params, x0, state.delta, S)
-    delta = _map(last_delta, params, x0, state.delta, S)
     base_update = lambda g, base_state, x: base_optimizer.update(
       g, base_state, x, **extra_args
     )
@@ -378,15 +385,24 @@ def mechanize(
     if rule.decays_after_base:
       u, _ = base_update(g, state.base_optimizer_state, x)
       decayed = _map(jnp.add, x, u)
-    gg, xx, gd, xd, *dd = inner_products(
-      g,
-      decayed,
-      delta,
-      dtype,
-      shardings,
-      groups=members,
-      pairs=(*PAIRS, "dd") if relative_s_init else PAIRS,
+    products = functools.partial(
+      inner_products, dtype=dtype, shardings=shardings, groups=members
     )
+
+    def all_products() -> Sums:
+      delta = _map(last_delta, params, x0, state.delta, S)
+      return products(g, decayed, delta, pairs=pairs)
+
+    def norm_alone() -> Sums:
+      (gg,) = products(g, g, g, pairs=pairs[:1])
+      return gg, *(jnp.ones_like(gg) for _ in pairs[1:])
+
+    if tune_steps is None:
+      tuning, sums = True, all_products()
+    else:
+      tuning = state.count < tune_steps
+      sums = jax.lax.cond(tuning, all_products, norm_alone)
+    gg, xx, gd, xd, *dd = sums
     decay, start, known = weight_decay * state.scale, s_init, state.s_init
     if relative_s_init:
       unit = jnp.where(known > 0, known, jnp.inf)
@@ -418,7 +434,8 @@ def mechanize(
       )
     else:
       # Or XLA:CPU computes the scalars anew in each leaf's fusion (jax 0.12).
-      ok, new_scale = jax.lax.optimization_barrier((ok, jnp.sum(tuned.s, -1)))
+      new_scale = jnp.where(tuning, jnp.sum(tuned.s, -1), state.scale)
+      ok, new_scale = jax.lax.optimization_barrier((ok, new_scale))
       hold = lambda new, old: jnp.where(ok, new, old)
       u, base_state = guarded_update(
         base_update, hold, g, state.base_optimizer_state, x
@@ -449,7 +466,7 @@ def mechanize(
         moved = _wide(new_x, dtype) - _wide(x, dtype)
       return hold(moved, 0.0).astype(x.dtype)
 
-    keep = lambda new, old: jnp.where(ok, new, old)
+    keep = lambda new, old: jnp.where(ok & tuning, new, old)
     return (
       _map(
         step,

@@ -39,6 +39,7 @@ register(
       betas=tuple,
       store_delta=bool,
       spike_factor=float,
+      tune_steps=int,
       x0_dtype=str,
       # See "Two sets of defaults" in the README.
       relative_s_init=0.01,

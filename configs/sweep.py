@@ -1,0 +1,127 @@
+r"""How well each method does untuned, beside the tuned ones.
+
+  python -m train.sweep --config=configs/sweep.py --workdir=runs/sweep
+
+configs/sweep.py:quick is a part of it, for 5 minutes; configs/sweep.py:range is
+about the range of base learning rates from which Mechanic learns. On a job of
+one's own, with its own config:
+
+  python -m train.sweep --config=configs/sweep.py --workdir=DIR \
+    --config.jobs="('configs/digits.py',)" --config.interpolating="()" \
+    --config.methods="('adamw','mechanic')" --config.num_steps="(1000,)"
+"""
+
+import ml_collections
+
+from flax_mechanic.errors import UsageError, did_you_mean
+
+_MOMENTUM = "opt.sgd.momentum=0.9"
+_DROP_IN = (
+  "optimizer=mechanic opt.mechanic.relative_s_init=0 opt.mechanic.groups="
+  " opt.mechanic.weight_decay=0.01 opt.mechanic.eps=1e-8"
+)
+_TUNED = ("adamw", f"sgd: optimizer=sgd {_MOMENTUM}", "lion")
+_MECHANIC = (
+  "mechanic",
+  f"mechanic(sgd): optimizer=mechanic opt.mechanic.base=sgd {_MOMENTUM}",
+  "mechanic(lion): optimizer=mechanic opt.mechanic.base=lion",
+)
+_METHODS = (
+  *_TUNED,
+  *_MECHANIC,
+  f"drop-in: {_DROP_IN}",
+  f"drop-in(sgd): {_DROP_IN} opt.mechanic.base=sgd {_MOMENTUM}",
+  f"drop-in(lion): {_DROP_IN} opt.mechanic.base=lion",
+  "prodigy",
+  "dadapt_adamw",
+  "dog",
+  "dowg",
+  "cocob",
+  "momo",
+  "momo_adam",
+)
+_JOBS = (
+  "configs/teacher.py",
+  "configs/tabular.py:diabetes model.widths=()",
+  "configs/tabular.py:breast_cancer",
+  "configs/digits.py:logistic",
+  "configs/text.py:small runs_at_once=1",
+  "configs/text.py:gru runs_at_once=1 num_steps=(400,1600)",
+)
+_INTERPOLATING = (
+  "configs/tabular.py:diabetes",
+  "configs/digits.py:mlp",
+  "configs/autoencoder.py",
+  "configs/digits.py:small_cnn runs_at_once=1",
+  "configs/digits.py:vit runs_at_once=1 num_steps=(400,1600)",
+)
+
+_FEW = {
+  "jobs": ("configs/teacher.py", "configs/digits.py:logistic"),
+  "interpolating": ("configs/digits.py:mlp", "configs/autoencoder.py"),
+}
+
+_VARIANTS = {
+  "": {},
+  "quick": {**_FEW, "num_steps": (400,)},
+  "range": {
+    **_FEW,
+    "methods": (*_MECHANIC, f"drop-in: {_DROP_IN}"),
+    "factors": tuple(10.0**i for i in range(-6, 3)),
+    "num_steps": (400,),
+  },
+}
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Returns what to run.
+
+  Args:
+    variant: "", "quick" or "range", what follows the colon of
+      `configs/sweep.py:quick`.
+
+  Raises:
+    UsageError: no such variant.
+  """
+  if variant not in _VARIANTS:
+    raise UsageError(
+      f"configs/sweep.py has no variant {variant!r}"
+      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
+    )
+  config = ml_collections.ConfigDict()
+  # Config files of jobs with fresh data, noise or few parameters: learning
+  # rates are tuned on one half of the held-out examples, the loss on the other
+  # counts. After a file may stand FIELD=VALUE ..., of this config, for this job
+  # alone, or else of the job's.
+  config.jobs = _JOBS
+  # The same of jobs that are learned by heart: what counts is the loss on the
+  # training examples, for which the learning rates are tuned too.
+  config.interpolating = _INTERPOLATING
+  # NAME, of an optimizer, or LABEL: FIELD=VALUE ..., fields of the jobs. The
+  # first one is what the others are compared with.
+  config.methods = _METHODS
+  # Fields of every job: FIELD=VALUE.
+  config.fields = ()
+  # Peaks to choose from, for methods that are tuned by hand, by the innermost
+  # optimizer.
+  config.learning_rates = ml_collections.ConfigDict(
+    {
+      "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+      "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+      "lion": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+      "other": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    }
+  )
+  # For the others: factors of the rate that they learn, their base's own.
+  config.factors = (1.0,)
+  # Lengths; a job's schedule is stretched to each.
+  config.num_steps = (400, 1600, 6400)
+  # Seeds of each run, from 0: of the parameters and of the batches' order.
+  config.seeds = 5
+  # Evaluations of each run.
+  config.evaluations = 10
+  # How many runs of a program are vectorised; 0 for all. 1 is faster where a
+  # single one keeps the machine busy.
+  config.runs_at_once = 0
+  config.update(_VARIANTS[variant])
+  return config

@@ -1,0 +1,198 @@
+"""`python -m train.sweep`: what is run, once each, and what is shown of it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import image
+
+from train import comparison, plan, sweep
+
+ARGUMENTS = [
+  "--config=configs/sweep.py",
+  "--config.jobs=('configs/digits.py',)",
+  "--config.interpolating=('configs/digits.py:cnn',)",
+  "--config.methods=('adamw','ours: optimizer=mechanic opt.mechanic.base=sgd')",
+  "--config.learning_rates.adamw=(0.001,0.01)",
+  "--config.fields=('model.widths=(8,)','batch_size=8','num_steps=10',"
+  "'schedule.warmup_steps=2')",
+  "--config.seeds=2",
+  "--config.evaluations=2",
+]
+
+
+def run(workdir, *more):
+  return sweep.main([*ARGUMENTS, f"--workdir={workdir}", *more])
+
+
+def read(workdir):
+  return [
+    json.loads(line)
+    for line in (workdir / "runs.jsonl").read_text().splitlines()
+  ]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+  """The --workdir of a sweep, and what it printed."""
+  workdir = tmp_path_factory.mktemp("sweep")
+  with pytest.MonkeyPatch.context() as patch:
+    printed = []
+    patch.setattr("builtins.print", lambda *text, **_: printed.append(*text))
+    assert run(workdir, "--config.num_steps=(10,20)") == 0
+  return workdir, "\n".join(printed)
+
+
+def test_a_line_for_each_evaluation_of_each_run(swept):
+  workdir, _ = swept
+  found = {plan.key(row) for row in read(workdir)}
+  wanted = {
+    (job, settings, num_steps, rate, seed, step)
+    for job in ("configs/digits.py", "configs/digits.py:cnn")
+    for settings, rates in (("adamw", (1e-3, 1e-2)), ("mechanic", (1.0,)))
+    for rate in rates
+    for num_steps in (10, 20)
+    for seed in (0, 1)
+    for step in (0, num_steps // 2, num_steps)
+  }
+  short = {
+    (job, s.split("optimizer=")[1].split()[0], *k) for job, s, *k in found
+  }
+  assert short == wanted
+  assert len(read(workdir)) == len(wanted)
+
+
+def test_tables_and_figures(swept):
+  workdir, printed = swept
+  tables = (workdir / "tables.md").read_text()
+  assert tables.strip() in printed
+  for text in ("| 10 steps", "| 20 steps", "digits:cnn", "| ours", " at 0.01"):
+    assert text in tables
+  for name in ("ratios", "profiles", "losses", "learning_rates", "learned"):
+    assert image.imread(workdir / f"{name}.png").std() > 0.01
+    drawn = (workdir / f"{name}.svg").read_text()
+    assert "ours" in drawn or name == "learning_rates"
+    assert "<dc:date>" not in drawn
+
+
+def test_nothing_is_done_twice(swept, tmp_path, capsys):
+  workdir, _ = swept
+  file = tmp_path / "runs.jsonl"
+  lines = (workdir / "runs.jsonl").read_text().splitlines(keepends=True)
+  file.write_text("".join(lines))
+  assert run(tmp_path, "--config.num_steps=(10,20)") == 0
+  assert "programs" not in capsys.readouterr().out
+  assert file.read_text() == "".join(lines)
+
+  # Killed while it wrote.
+  kept = [line for line in lines if '"num_steps": 10' in line]
+  file.write_text("".join(kept) + lines[-1][:40])
+  assert run(tmp_path, "--config.num_steps=(10,20)") == 0
+  text = file.read_text()
+  assert text.startswith("".join(kept))
+  assert len(text.splitlines()) == len(lines)
+  assert (tmp_path / "tables.md").read_text() == (
+    workdir / "tables.md"
+  ).read_text()
+
+
+def test_few_runs_at_once_are_the_same_runs(swept, tmp_path):
+  workdir, _ = swept
+  less = ("--config.num_steps=(10,)", "--config.interpolating=()")
+  assert run(tmp_path, *less, "--config.runs_at_once=1") == 0
+  frames = []
+  for rows in (read(workdir), read(tmp_path)):
+    frame = pd.DataFrame(rows).query(
+      "num_steps == 10 and job == 'configs/digits.py'"
+    )
+    keys = ["job", "method", "learning_rate", "seed", "step"]
+    frames.append(frame.set_index(keys).sort_index()["test/loss"])
+  np.testing.assert_allclose(*frames, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--config.methods=('adamv',)", "did you mean 'adamw'"),
+    ("--config.methods=('a: optimizer',)", "is not FIELD=VALUE"),
+    ("--config.methods=('a: optimiser=sgd',)", "config.optimizer?"),
+    ("--config.methods=()", "no jobs or no methods"),
+    ("--config.jobs=('configs/digit.py',)", "configs/digits.py"),
+    ("--config.num_steps=(0,)", "must be numbers above 0"),
+    ("--config.seeds=0", "config.seeds=0 must be at least 1"),
+    ("--config=configs/digits.py", "describes a job, not a sweep"),
+  ],
+)
+def test_errors_come_before_any_run(tmp_path, capsys, argument, message):
+  given = [*ARGUMENTS[:1], f"--workdir={tmp_path}", argument]
+  assert sweep.main(given) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("error: ")
+  assert message in error
+  assert len(error.splitlines()) == 1
+  assert not (tmp_path / "runs.jsonl").exists()
+
+
+def make_rows():
+  """A held-out job and one learned by heart; three methods, two seeds."""
+  losses = {
+    # job, method, learning rate: validation, test and training loss.
+    ("a.py", "adamw", 0.1): (1.0, 2.0, 9.0),
+    ("a.py", "adamw", 0.2): (3.0, 1.0, 0.1),
+    ("a.py", "ours", 1.0): (9.0, 3.0, 9.0),
+    ("a.py", "ours", 1e3): (1.0, 1.0, 9.0),
+    ("b.py", "adamw", 0.1): (1.0, 1.0, 1.0),
+    ("b.py", "adamw", 0.2): (9.0, 9.0, 0.008),
+    ("b.py", "ours", 1.0): (9.0, 9.0, 0.02),
+    ("b.py", "ours", 1e3): (1.0, 1.0, None),
+  }
+  for (job, method, rate), at_the_end in losses.items():
+    for seed in (0, 1):
+      for step in (0, 10):
+        values = at_the_end if step else (2.0, 2.0, 2.0)
+        names = ("validation/loss", "test/loss", "train/loss")
+        yield {
+          "job": job,
+          "method": method,
+          "tuned": method == "adamw",
+          "interpolates": job == "b.py",
+          "num_steps": 10,
+          "learning_rate": rate,
+          "seed": seed,
+          "step": step,
+          "validation/accuracy": 0.5,
+          "test/accuracy": 0.7 if method == "adamw" else 0.6 + seed / 10,
+          **{
+            name: value and value + (seed and step and 0.001)
+            for name, value in zip(names, values, strict=True)
+          },
+        }
+
+
+def test_comparison():
+  data = comparison.frame(list(make_rows()))
+  result = comparison.compare(data).set_index(["job", "method"])
+  # Tuned by validation, reported by test; by training loss where that counts.
+  tuned = result.loc[("a", "adamw")]
+  assert tuned["learning_rate"] == 0.1
+  assert tuned["loss"] == pytest.approx(2.0005)
+  assert tuned["loss_sd"] == pytest.approx(0.001 / np.sqrt(2))
+  assert result.loc[("b", "adamw"), "learning_rate"] == 0.2
+  # What learns its rate is taken as it is.
+  assert result.loc[("a", "ours"), "learning_rate"] == 1.0
+  assert result.loc[("a", "ours"), "ratio"] == pytest.approx(3.0005 / 2.0005)
+  assert result.loc[("a", "ours"), "points"] == pytest.approx(-5.0)
+  # 0.0085 is below half a percent of the loss at the start.
+  assert result.loc[("b", "ours"), "ratio"] == pytest.approx(0.0205 / 0.01)
+  assert result.loc[("b", "ours"), "points"] == pytest.approx(-2.5)
+  assert set(result["failed"]) == {0}
+
+
+def test_usable_learning_rates():
+  data = comparison.frame(list(make_rows()))
+  found = comparison.usable(data).set_index(["job", "method"])
+  assert found.loc[("a", "adamw"), "decades"] == pytest.approx(0.0)
+  assert found.loc[("a", "adamw"), "low"] == 0.2
+  # A run that is not finite is no usable one.
+  assert found.loc[("b", "ours"), "high"] == 1.0

@@ -1,0 +1,225 @@
+"""What the runs of a sweep reached, compared."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from train.tables import format_table
+
+# Training losses below this fraction of the first one count as that: the
+# training examples are learned by heart.
+FLOOR = 0.005
+# Within this factor of a method's best loss a learning rate is usable.
+USABLE = 1.1
+
+_CASE = ["job", "num_steps"]
+
+
+def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+  """Returns the rows of a sweep, with what counts of each.
+
+  Args:
+    rows: as in runs.jsonl, with what their `Unit` says of them: "method",
+      "tuned", and "interpolates" of jobs whose training loss counts.
+
+  Returns:
+    The rows and the columns "tuning", the loss that learning rates are chosen
+    by; "loss", the one that counts; "accuracy", held out and not chosen by, in
+    percent. A loss that is not finite is infinite.
+  """
+  data = pd.DataFrame(rows)
+  by_heart = data["interpolates"]
+  data["tuning"] = data["train/loss"].where(by_heart, data["validation/loss"])
+  data["loss"] = data["train/loss"].where(by_heart, data["test/loss"])
+  data["loss"] = data["loss"].fillna(np.inf)
+  data["tuning"] = data["tuning"].fillna(np.inf)
+  if "test/accuracy" in data:
+    both = (data["test/accuracy"] + data["validation/accuracy"]) / 2
+    data["accuracy"] = 100 * both.where(by_heart, data["test/accuracy"])
+  else:
+    data["accuracy"] = np.nan
+  data["job"] = data["job"].map(short)
+  return data
+
+
+def chosen(data: pd.DataFrame) -> pd.DataFrame:
+  """Returns the rows of the learning rate that each method would be run with.
+
+  Of a tuned method the one with the smallest mean tuning loss at the last step;
+  of the others the one nearest to 1.
+  """
+  last = data[data["step"] == data["num_steps"]]
+  keys = [*_CASE, "method", "learning_rate"]
+  means = last.groupby(keys, sort=False).agg(
+    tuned=("tuned", "first"), score=("tuning", "mean")
+  )
+  means = means.reset_index()
+  distance = means["learning_rate"].map(lambda rate: abs(math.log(rate)))
+  means["score"] = means["score"].where(means["tuned"], distance)
+  best = means.groupby([*_CASE, "method"], sort=False)["score"].idxmin()
+  return data.merge(means.loc[best, keys], on=keys)
+
+
+def compare(data: pd.DataFrame) -> pd.DataFrame:
+  """Returns a row for each job, length and method.
+
+  Args:
+    data: from `frame`. Its first method is what the others are compared with.
+
+  Returns:
+    The columns "job", "num_steps", "interpolates", "method", "learning_rate",
+    "tuned"; "loss", "accuracy" and their deviations over seeds, "loss_sd" and
+    "accuracy_sd";
+    "ratio" of the loss to the first method's; "points" of accuracy above it;
+    "failed", how many runs ended with a loss that is not finite.
+  """
+  runs = chosen(data)
+  last = runs[runs["step"] == runs["num_steps"]]
+  result = last.groupby([*_CASE, "interpolates", "method"], sort=False).agg(
+    learning_rate=("learning_rate", "first"),
+    tuned=("tuned", "first"),
+    loss=("loss", "mean"),
+    loss_sd=("loss", "std"),
+    accuracy=("accuracy", "mean"),
+    accuracy_sd=("accuracy", "std"),
+    failed=("loss", lambda losses: int(np.isinf(losses).sum())),
+  )
+  result = result.reset_index()
+  first = result[result["method"] == result["method"].iloc[0]]
+  start = data[data["step"] == 0].groupby(_CASE)["loss"].mean()
+  of = result.merge(
+    first[[*_CASE, "loss", "accuracy"]], on=_CASE, suffixes=("", "_first")
+  ).merge(start.rename("loss_start").reset_index(), on=_CASE)
+  floor = (FLOOR * of["loss_start"]).where(of["interpolates"], 0.0)
+  result["ratio"] = np.maximum(of["loss"], floor) / np.maximum(
+    of["loss_first"], floor
+  )
+  result["points"] = of["accuracy"] - of["accuracy_first"]
+  return result
+
+
+def tables(data: pd.DataFrame) -> str:
+  """Returns all that there is to say in Markdown.
+
+  Args:
+    data: from `frame`.
+  """
+  result = compare(data)
+  parts = [
+    _summary(result),
+    *(_by_job(result, n) for n in dict.fromkeys(result["num_steps"])),
+  ]
+  if ranges := _ranges(data):
+    parts.append(ranges)
+  return "\n\n".join(parts)
+
+
+def _summary(result: pd.DataFrame) -> str:
+  """Returns how each method does over all jobs and lengths."""
+  first = result["method"].iloc[0]
+  rows = []
+  for method, own in result.groupby("method", sort=False):
+    by = [
+      own[own["interpolates"] == by_heart]["ratio"]
+      for by_heart in (False, True)
+    ]
+    rows.append(
+      [
+        str(method),
+        *(_number(geometric_mean(ratios)) for ratios in (own["ratio"], *by)),
+        f"{own['ratio'].max():.2f}",
+        f"{own['points'].min():+.1f}" if own["points"].notna().any() else "",
+        str(own["failed"].sum() or ""),
+      ]
+    )
+  head = [
+    f"loss over {first}'s, tuned"
+    if result["tuned"].iloc[0]
+    else f"loss over {first}'s",
+    "geometric mean",
+    "held-out loss",
+    "training loss",
+    "worst",
+    "worst accuracy, points",
+    "failed runs",
+  ]
+  return format_table([head, *rows])
+
+
+def _by_job(result: pd.DataFrame, num_steps: int) -> str:
+  """Returns the losses after so many steps."""
+  result = result[result["num_steps"] == num_steps]
+  jobs = list(dict.fromkeys(result["job"]))
+  rows = []
+  for method, own in result.groupby("method", sort=False):
+    cells = {row.job: _cell(row) for row in own.itertuples()}
+    rows.append([str(method), *(cells.get(job, "") for job in jobs)])
+  return format_table([[f"{num_steps} steps", *jobs], *rows])
+
+
+def usable(data: pd.DataFrame) -> pd.DataFrame:
+  """Returns for each job, length and method the learning rates that will do.
+
+  Returns:
+    The columns "job", "num_steps", "method", "low" and "high", between which
+    the mean loss is within USABLE of the method's best; "decades" from the one
+    to the other.
+  """
+  last = data[data["step"] == data["num_steps"]]
+  keys = [*_CASE, "method"]
+  means = last.groupby([*keys, "learning_rate"], sort=False)["loss"].mean()
+  means = means.reset_index()
+  best = means.groupby(keys, sort=False)["loss"].transform("min")
+  found = means[means["loss"] <= USABLE * best].groupby(keys, sort=False)
+  found = found["learning_rate"].agg(low="min", high="max").reset_index()
+  found["decades"] = np.log10(found["high"] / found["low"])
+  return found
+
+
+def _ranges(data: pd.DataFrame) -> str:
+  """Returns how wide the usable range of learning rates is, or ""."""
+  several = data.groupby("method", sort=False)["learning_rate"].nunique() > 1
+  if not several.any():
+    return ""
+  found = usable(data)
+  rows = [
+    ["usable learning rates, in decades", "smallest", "median", "largest"]
+  ]
+  for method in several[several].index:
+    decades = found[found["method"] == method]["decades"]
+    values = decades.min(), decades.median(), decades.max()
+    rows.append([str(method), *(f"{value:.1f}" for value in values)])
+  return format_table(rows)
+
+
+def geometric_mean(ratios: pd.Series) -> float:
+  """Returns NaN if there are none."""
+  return float(np.exp(np.mean(np.log(ratios)))) if len(ratios) else np.nan
+
+
+def _number(value: float) -> str:
+  return "" if np.isnan(value) else f"{value:.2f}"
+
+
+def _cell(row: Any) -> str:
+  if not np.isfinite(row.loss):
+    return "not finite"
+  text = f"{row.loss:.3g}"
+  if np.isfinite(row.loss_sd):
+    text += f" ± {row.loss_sd:.1g}"
+  if np.isfinite(row.accuracy):
+    text += f", {row.accuracy:.1f}%"
+  if row.tuned:
+    text += f" at {row.learning_rate:g}"
+  return text
+
+
+def short(job: str) -> str:
+  """Returns what tables call a job: configs/text.py:gru is text:gru."""
+  file, *fields = job.split()
+  name, colon, variant = file.partition(":")
+  return " ".join([Path(name).stem + colon + variant, *fields])

@@ -1,0 +1,154 @@
+"""What a sweep's config describes, run by run."""
+
+import itertools
+import math
+import shlex
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+import flax_mechanic
+from flax_mechanic import stack
+from flax_mechanic.errors import UsageError
+from train import flags
+from train.runs import Row, Run, Runs, make_tasks
+
+# Of a row: what was run. The rest is what was measured.
+_KEYS = ("job", "settings", "num_steps", "learning_rate", "seed", "step")
+
+# What tells a row from all others.
+Key = tuple[Any, ...]
+
+
+class Unit(NamedTuple):
+  """A job with a method: the runs of one program, at every length.
+
+  Attributes:
+    job: its config file, and the fields that were set; what it is called.
+    interpolates: whether it is learned by heart.
+    method: what the method is called.
+    settings: the fields that it sets, FIELD=VALUE ...
+    tuned: whether its learning rate is tuned by hand.
+    config: the job's.
+    sweep: the sweep's, with the job's own lengths and such.
+  """
+
+  job: str
+  interpolates: bool
+  method: str
+  settings: str
+  tuned: bool
+  config: ConfigDict
+  sweep: ConfigDict
+
+  def runs(self) -> list[Run]:
+    """Returns the learning rates and the seeds."""
+    rates = self.sweep.factors
+    if self.tuned:
+      of = self.sweep.learning_rates
+      rows = stack.resolve(self.config.optimizer, self.config.opt.to_dict())
+      rates = of.get(rows[-1].name, of.other)
+    return list(itertools.product(map(float, rates), range(self.sweep.seeds)))
+
+  def keys(self, num_steps: int) -> Iterator[Key]:
+    """Yields the keys of the rows that it makes at a length."""
+    steps = {*range(0, num_steps + 1, self._every(num_steps)), num_steps}
+    for (rate, seed), step in itertools.product(self.runs(), sorted(steps)):
+      yield self.job, self.settings, num_steps, rate, seed, step
+
+  def train(self, lengths: tuple[int, ...]) -> Iterator[tuple[int, list[Row]]]:
+    """Yields the length and the rows of each evaluation, length by length."""
+    own = self.sweep
+    runs = Runs(
+      self.config,
+      make_tasks(self.config, own.seeds),
+      max(own.num_steps),
+      own.runs_at_once,
+    )
+    # Every length is done in calls of so many steps, of the same program.
+    call_every = math.gcd(*map(self._every, own.num_steps))
+    names = {"job": self.job, "method": self.method, "settings": self.settings}
+    for n in lengths:
+      for rows in runs.train(self.runs(), n, self._every(n), call_every):
+        yield n, [names | {"num_steps": n} | row for row in rows]
+
+  def _every(self, num_steps: int) -> int:
+    """Returns the steps between two evaluations."""
+    return max(num_steps // self.sweep.evaluations, 1)
+
+
+def key(row: Row) -> Key:
+  """Returns the key of a row."""
+  return tuple(row[name] for name in _KEYS)
+
+
+def make_units(config: ConfigDict) -> list[Unit]:
+  """Returns what a sweep's config describes.
+
+  Args:
+    config: as `configs/sweep.py` describes it.
+
+  Raises:
+    UsageError: a job or a method that is none, or a value out of range.
+  """
+  units = []
+  for entry in (*config.jobs, *config.interpolating):
+    file, *texts = shlex.split(entry)
+    fields = [_split(text) for text in texts]
+    of_job = [each for each in fields if each[0].split(".")[1] not in config]
+    sweep = config.copy_and_resolve_references()
+    flags.override(sweep, [each for each in fields if each not in of_job])
+    _check(sweep)
+    for method in config.methods:
+      label, colon, text = method.partition(":")
+      settings = shlex.split(text) if colon else [f"optimizer={label}"]
+      settings = [*config.fields, *settings]
+      job_config = flags.load_config(file)
+      flags.override(job_config, [*of_job, *map(_split, settings)])
+      with job_config.unlocked():
+        job_config.learning_rate = 1.0
+      flax_mechanic.make_optimizer(job_config)  # What is wrong is said now.
+      rows = stack.resolve(job_config.optimizer, job_config.opt.to_dict())
+      units.append(
+        Unit(
+          job=shlex.join(
+            [file, *(text for text in texts if _split(text) in of_job)]
+          ),
+          interpolates=entry in config.interpolating,
+          method=label,
+          settings=shlex.join(settings),
+          tuned=all(row.tuned for row in rows),
+          config=job_config,
+          sweep=sweep,
+        )
+      )
+  if not units:
+    raise UsageError(
+      "the sweep has no jobs or no methods; type"
+      """ --config.jobs="('configs/digits.py',)" """
+      """--config.methods="('adamw','mechanic')\""""
+    )
+  return units
+
+
+def _split(field: str) -> tuple[str, str]:
+  """Returns the flag that sets a field, and its value."""
+  name, equals, value = field.partition("=")
+  if not equals:
+    raise UsageError(
+      f"{field!r} is not FIELD=VALUE; type for example optimizer=mechanic"
+    )
+  return f"config.{name}", value
+
+
+def _check(config: ConfigDict) -> None:
+  for field in ("seeds", "evaluations"):
+    if config[field] < 1:
+      raise UsageError(f"config.{field}={config[field]} must be at least 1")
+  for field, example in (("num_steps", "(400,)"), ("factors", "(1.0,)")):
+    if not config[field] or min(config[field]) <= 0:
+      raise UsageError(
+        f"config.{field}={config[field]} must be numbers above 0; type"
+        f' --config.{field}="{example}"'
+      )

@@ -1,0 +1,226 @@
+"""Runs of a job that differ in learning rate and seed, as one program."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+import flax_mechanic
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train.tasks import Task, make_task
+
+# What a run has reached: "step", "train/loss", "validation/loss", ...
+Row = dict[str, Any]
+# Which learning rate and seed.
+Run = tuple[float, int]
+
+# Batches of the training split that an evaluation sees.
+_TRAIN_BATCHES = 8
+
+
+class Runs:
+  """Trains a job with several learning rates and seeds at once.
+
+  A run is the job as `train.main` runs it on one device: its batches, steps and
+  parameters are those of its seed. The learning rate, the seed and the schedule
+  are arguments of the compiled program, which so serves every length.
+
+  The held-out examples are split in two: every second one, from the first, is
+  for tuning ("validation/"), the others are for reporting ("test/").
+  """
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    tasks: Sequence[Task],
+    max_steps: int,
+    at_once: int = 0,
+  ):
+    """Prepares; compiles nothing.
+
+    Args:
+      config: as `configs.default` describes it, with an optimizer; its seed is
+        not read, and its learning rate neither.
+      tasks: the job's task with each seed, from 0 (see `make_tasks`).
+      max_steps: of the longest run.
+      at_once: how many runs are vectorised; the others wait for them. 0 is all.
+    """
+    self._config = config.copy_and_resolve_references()
+    self._config.learning_rate = 1.0
+    self._tasks = tasks
+    self._max_steps = max_steps
+    self._mesh = jax.make_mesh(
+      (1,) * len(mesh_lib.AXES),
+      mesh_lib.AXES,
+      devices=jax.devices()[:1],
+      axis_types=(AxisType.Auto,) * len(mesh_lib.AXES),
+    )
+    task = tasks[0]
+    with jax.set_mesh(self._mesh):
+      graphdef, _ = nnx.split(
+        nnx.eval_shape(
+          lambda: job_lib.create_objects(
+            task, self._config, self._tx(1.0, jnp.ones(max_steps)), 0
+          )
+        )
+      )
+
+    def create(run: tuple[jax.Array, jax.Array], shape: jax.Array) -> nnx.State:
+      rate, seed = run
+      tx = self._tx(rate, shape)
+      return nnx.state(job_lib.create_objects(task, self._config, tx, seed))
+
+    def train(
+      state: nnx.State,
+      run: tuple[jax.Array, jax.Array],
+      shape: jax.Array,
+      batches: job_lib.Batch,
+    ) -> tuple[nnx.State, job_lib.Metrics]:
+      rate, seed = run
+      step = functools.partial(
+        job_lib.train_step, task, graphdef, tx=self._tx(rate, shape)
+      )
+      own = jax.tree.map(lambda each: each[seed], batches)
+      state, measured = jax.lax.scan(step, state, own)
+      return state, jax.tree.map(lambda values: values[-1], measured)
+
+    def evaluate(state: nnx.State, batch: job_lib.Batch) -> job_lib.Metrics:
+      return job_lib.eval_step(task, graphdef, state, batch)
+
+    def over_runs(function: Callable, count: int) -> Callable:
+      """Maps a function over the runs of its first `count` arguments."""
+
+      def mapped(*arguments: Any) -> Any:
+        one = lambda run: function(*run, *arguments[count:])
+        if at_once == 0:
+          return jax.vmap(one)(arguments[:count])
+        # With a batch size of 1, lax.map would vectorise over that one.
+        size = at_once if at_once > 1 else None
+        return jax.lax.map(one, arguments[:count], batch_size=size)
+
+      return mapped
+
+    self._create = jax.jit(over_runs(create, 1))
+    self._train = jax.jit(over_runs(train, 2), donate_argnums=0)
+    self._evaluate = jax.jit(over_runs(evaluate, 1))
+
+  def train(
+    self,
+    runs: Sequence[Run],
+    num_steps: int,
+    evaluate_every: int,
+    call_every: int,
+  ) -> Iterator[list[Row]]:
+    """Trains from the start.
+
+    Args:
+      runs: learning rate and seed of each. Of an optimizer that learns it, the
+        learning rate is a factor of what it learns, its base's own.
+      num_steps: of each; the schedule is the job's, stretched to that.
+      evaluate_every: steps; the last one is evaluated as well.
+      call_every: steps of one call of the compiled program, at most.
+
+    Yields:
+      At each evaluation, the first one before the first step, a row a run:
+      "learning_rate", "seed", "step" and what was measured, None where it is
+      not finite.
+    """
+    shape = self._shape(num_steps)
+    rates = jnp.asarray([rate for rate, _ in runs], jnp.float32)
+    seeds = jnp.asarray([seed for _, seed in runs], jnp.int32)
+    with jax.set_mesh(self._mesh):
+      state = self._create((rates, seeds), shape)
+      yield _rows(runs, 0, jax.device_get(self._splits(state)))
+      step = 0
+      while step < num_steps:
+        until = min(step - step % evaluate_every + evaluate_every, num_steps)
+        count = min(call_every, until - step)
+        batches = self._batches(step, count)
+        state, measured = self._train(state, (rates, seeds), shape, batches)
+        step += count
+        if step == until:
+          measured = _without(measured, "train/") | self._splits(state)
+          yield _rows(runs, step, jax.device_get(measured))
+
+  def _tx(
+    self, rate: jax.typing.ArrayLike, shape: jax.Array
+  ) -> optax.GradientTransformation:
+    return flax_mechanic.make_optimizer(
+      self._config, lambda count: rate * shape[count]
+    )
+
+  def _shape(self, num_steps: int) -> jax.Array:
+    """Returns the schedule of a run of that length, [max_steps]."""
+    config = self._config.copy_and_resolve_references()
+    config.num_steps = num_steps
+    warmup = self._config.schedule.warmup_steps / self._config.num_steps
+    config.schedule.warmup_steps = round(warmup * num_steps)
+    schedule = job_lib.make_schedule(config)
+    return jnp.asarray(jax.vmap(schedule)(jnp.arange(self._max_steps)))
+
+  def _batches(self, step: int, count: int) -> job_lib.Batch:
+    """Returns arrays [seeds, count, batch, ...]."""
+    return _stack(
+      _stack(task.train_batch(i) for i in range(step, step + count))
+      for task in self._tasks
+    )
+
+  def _splits(self, state: nnx.State) -> job_lib.Metrics:
+    task = self._tasks[0]
+    held_out = list(task.eval_batches())
+    every_second = lambda start: [
+      jax.tree.map(lambda array: array[start::2], batch) for batch in held_out
+    ]
+    splits = {
+      "train": [task.train_batch(i) for i in range(_TRAIN_BATCHES)],
+      "validation": every_second(0),
+      "test": every_second(1),
+    }
+    found = {}
+    for split, batches in splits.items():
+      each = [self._evaluate(state, batch) for batch in batches]
+      mean = jax.tree.map(lambda *values: sum(values) / len(values), *each)
+      found |= {
+        name.replace("eval/", f"{split}/"): value
+        for name, value in mean.items()
+      }
+    return found
+
+
+def make_tasks(config: ConfigDict, seeds: int) -> Sequence[Task]:
+  """Returns a job's task with each seed, from 0."""
+  tasks = []
+  for seed in range(seeds):
+    seeded = config.copy_and_resolve_references()
+    seeded.seed = seed
+    tasks.append(make_task(seeded))
+  return tasks
+
+
+def _stack(trees: Any) -> Any:
+  return jax.tree.map(lambda *each: np.stack(each), *trees)
+
+
+def _without(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  return {k: v for k, v in metrics.items() if not k.startswith(prefix)}
+
+
+def _rows(
+  runs: Sequence[Run], step: int, measured: Mapping[str, np.ndarray]
+) -> list[Row]:
+  rows: list[Row] = []
+  for i, (rate, seed) in enumerate(runs):
+    values = {name: float(value[i]) for name, value in measured.items()}
+    rows.append(
+      {"learning_rate": rate, "seed": seed, "step": step}
+      | {k: v if np.isfinite(v) else None for k, v in values.items()}
+    )
+  return rows

@@ -1,0 +1,151 @@
+r"""Trains jobs with many methods, learning rates, lengths and seeds; compares.
+
+  python -m train.sweep --config=configs/sweep.py[:VARIANT] --workdir=DIR
+
+--config.FIELD=VALUE       replaces a field of configs/sweep.py, which says what
+                           is run and explains each field
+
+appends to DIR/runs.jsonl a line for each evaluation of each run, prints tables,
+writes them to DIR/tables.md, and draws DIR/*.png and *.svg. The runs of a
+method that differ in learning rate and seed are one compiled program, and as
+many programs run at a time as there are CPU cores. Run again, also with other
+fields, it does what is not in the file yet.
+
+For example, on a job of one's own:
+
+  python -m train.sweep --config=configs/sweep.py --workdir=runs/mine \
+    --config.jobs="('configs/digits.py',)" --config.interpolating="()" \
+    --config.methods="('adamw','mechanic','prodigy')" \
+    --config.num_steps="(400,)"
+"""
+
+import concurrent.futures
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from flax_mechanic.errors import UsageError
+from train import flags, plan
+from train.command import run_command
+from train.progress import Progress
+from train.runs import Row
+
+# What tables and figures are told of a row's unit.
+_OF_UNIT = ("interpolates", "method", "tuned")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Trains, prints and draws; returns the exit status, 2 for bad input."""
+  return run_command(__doc__, _report, argv)
+
+
+def _report(arguments: Sequence[str]) -> Iterator[str]:
+  config, given = flags.read(arguments, ["config", "workdir"])
+  if "methods" not in config:
+    raise UsageError(
+      f"--config={given['config']} describes a job, not a sweep; type"
+      f""" --config=configs/sweep.py --config.jobs="('{given["config"]}',)" """
+      '--config.interpolating="()"'
+    )
+  try:
+    from train import comparison, figures
+  except ImportError as error:
+    raise UsageError(
+      f"train.sweep needs {error.name}, which is not installed; type"
+      ' pip install "flax_mechanic[sweep]"'
+    ) from error
+  units = plan.make_units(config)
+  flags.check_workdir(given["workdir"])
+  workdir = Path(given["workdir"]).expanduser()
+  file = workdir / "runs.jsonl"
+  train(units, file)
+  found = {plan.key(row): row for row in read(file)}
+  rows = [
+    found[key] | {name: getattr(unit, name) for name in _OF_UNIT}
+    for unit in units
+    for num_steps in unit.sweep.num_steps
+    for key in unit.keys(num_steps)
+  ]
+  data = comparison.frame(rows)
+  tables = comparison.tables(data)
+  (workdir / "tables.md").write_text(tables + "\n")
+  yield tables
+  for name in figures.draw(data, workdir):
+    yield f"{workdir / name}"
+
+
+def train(units: Sequence[plan.Unit], file: Path) -> None:
+  """Does the runs that are not in the file, and appends them.
+
+  Args:
+    units: from `plan.make_units`.
+    file: a line for each evaluation of each run; those of a unit at a length in
+      one write.
+  """
+  done = {plan.key(row) for row in read(file)}
+  missing = []
+  for unit in units:
+    lengths = tuple(
+      n for n in unit.sweep.num_steps if not done.issuperset(unit.keys(n))
+    )
+    if lengths:
+      missing.append((unit, lengths))
+  if not missing:
+    return
+  lock, stopped = threading.Lock(), threading.Event()
+  steps = 0
+
+  def work(unit: plan.Unit, lengths: tuple[int, ...]) -> None:
+    nonlocal steps
+    before, lines = 0, ""
+    for num_steps, rows in unit.train(lengths):
+      lines += "".join(json.dumps(row) + "\n" for row in rows)
+      step = rows[0]["step"]
+      with lock:
+        steps += len(rows) * (step - before)
+        progress.update(steps, {})
+        if step == num_steps:
+          with file.open("a") as out:
+            out.write(lines)
+      before, lines = (0, "") if step == num_steps else (step, lines)
+      if stopped.is_set():
+        return
+
+  at_a_time = os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1
+  total = sum(len(unit.runs()) * sum(lengths) for unit, lengths in missing)
+  with (
+    Progress(total) as progress,
+    concurrent.futures.ThreadPoolExecutor(at_a_time) as pool,
+  ):
+    progress.print(f"{len(missing)} programs, {total} steps over all runs")
+    futures = [pool.submit(work, *each) for each in missing]
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        future.result()
+    except BaseException:
+      stopped.set()
+      pool.shutdown(cancel_futures=True)
+      raise
+
+
+def read(file: Path) -> list[Row]:
+  """Returns the lines of a file; none if there is no file.
+
+  A line that a kill cut short is taken away.
+  """
+  if not file.exists():
+    return []
+  text = file.read_text()
+  whole = text[: text.rfind("\n") + 1]
+  if whole != text:
+    file.write_text(whole)
+  return [json.loads(line) for line in whole.splitlines()]
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -2,9 +2,10 @@ r"""How well each method does untuned, beside the tuned ones.
 
   python -m train.sweep --config=configs/sweep.py --workdir=runs/sweep
 
-configs/sweep.py:quick is a part of it, for 5 minutes; configs/sweep.py:range is
-about the range of base learning rates from which Mechanic learns. On a job of
-one's own, with its own config:
+takes TODO minutes on two CPU cores. configs/sweep.py:quick is a part of it, for
+3 minutes; :range is about the learning rates that adamw trains with, and the
+base learning rates that Mechanic does; :ablation leaves out one of the flag's
+options at a time. On a job of one's own, with its own config:
 
   python -m train.sweep --config=configs/sweep.py --workdir=DIR \
     --config.jobs="('configs/digits.py',)" --config.interpolating="()" \
@@ -61,14 +62,39 @@ _FEW = {
   "interpolating": ("configs/digits.py:mlp", "configs/autoencoder.py"),
 }
 
+_RANGE = tuple(10.0**i for i in range(-6, 3))
+
 _VARIANTS = {
   "": {},
-  "quick": {**_FEW, "num_steps": (400,)},
+  "quick": {
+    **_FEW,
+    "methods": (*_TUNED, *_MECHANIC, f"drop-in: {_DROP_IN}", "prodigy"),
+    "num_steps": (400,),
+  },
   "range": {
     **_FEW,
-    "methods": (*_MECHANIC, f"drop-in: {_DROP_IN}"),
-    "factors": tuple(10.0**i for i in range(-6, 3)),
+    "methods": ("adamw", *_MECHANIC, f"drop-in: {_DROP_IN}"),
+    "learning_rates": {"adamw": _RANGE},
+    "factors": _RANGE,
     "num_steps": (400,),
+  },
+  "ablation": {
+    **_FEW,
+    "methods": (
+      "mechanic",
+      *(
+        f"{label}: optimizer=mechanic opt.mechanic.{field}"
+        for label, field in (
+          ("one scale", "groups="),
+          ("s_init=1e-6", "relative_s_init=0"),
+          ("rho=0.001", "relative_s_init=0.001"),
+          ("rho=0.1", "relative_s_init=0.1"),
+          ("decay=0.01", "weight_decay=0.01"),
+          ("tuned for 80", "tune_steps=80"),
+        )
+      ),
+    ),
+    "num_steps": (400, 1600),
   },
 }
 
@@ -77,8 +103,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   """Returns what to run.
 
   Args:
-    variant: "", "quick" or "range", what follows the colon of
-      `configs/sweep.py:quick`.
+    variant: what follows the colon of `configs/sweep.py:quick`, or "".
 
   Raises:
     UsageError: no such variant.

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
+import configs.sweep
 from train import comparison, plan, sweep
 
 ARGUMENTS = [
@@ -111,10 +112,34 @@ def test_few_runs_at_once_are_the_same_runs(swept, tmp_path):
   np.testing.assert_allclose(*frames, rtol=1e-3)
 
 
+def test_a_job_has_fields_of_its_own():
+  config = configs.sweep.get_config()
+  config.jobs = (
+    "configs/digits.py model.widths=(8,) seeds=1 num_steps=(7,)"
+    " learning_rates.adamw=(0.5,)",
+    "configs/digits.py",
+  )
+  config.interpolating = ()
+  config.methods = ("adamw", "ours: optimizer=mechanic opt.mechanic.base=sgd")
+  config.fields = ("batch_size=8",)
+  units = {(unit.job, unit.method): unit for unit in plan.make_units(config)}
+  own = units["configs/digits.py model.widths=(8,)", "adamw"]
+  assert own.rates == (0.5,)
+  assert own.runs() == [(0.5, 0)]
+  assert own.sweep.num_steps == (7,)
+  assert own.config.model.widths == (8,)
+  assert own.config.batch_size == 8
+  plain = units["configs/digits.py", "ours"]
+  assert plain.config.opt.mechanic.base == "sgd"
+  assert plain.config.model.widths == (256, 256)
+  assert plain.rates == config.factors
+  assert len(units["configs/digits.py", "adamw"].rates) == 7
+
+
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("--config.methods=('adamv',)", "did you mean 'adamw'"),
+    ("--config.methods=('adamv',)", "did you mean 'adam'"),
     ("--config.methods=('a: optimizer',)", "is not FIELD=VALUE"),
     ("--config.methods=('a: optimiser=sgd',)", "config.optimizer?"),
     ("--config.methods=()", "no jobs or no methods"),
@@ -132,6 +157,50 @@ def test_errors_come_before_any_run(tmp_path, capsys, argument, message):
   assert message in error
   assert len(error.splitlines()) == 1
   assert not (tmp_path / "runs.jsonl").exists()
+
+
+def compare(variant, folder, **fields):
+  """Runs a variant of configs/sweep.py and returns its data."""
+  config = configs.sweep.get_config(variant)
+  config.update(fields)
+  units = plan.make_units(config)
+  sweep.train(units, folder / "runs.jsonl")
+  return comparison.frame(sweep.rows_of(units, folder / "runs.jsonl"))
+
+
+@pytest.mark.slow
+def test_mechanic_is_as_good_as_tuned(tmp_path):
+  result = comparison.compare(compare("quick", tmp_path))
+  assert not result["failed"].any()
+  for method in ("mechanic", "mechanic(sgd)", "mechanic(lion)"):
+    own = result[result["method"] == method]
+    assert comparison.geometric_mean(own["ratio"]) < 1.05
+    assert own["ratio"].max() < 1.15
+    assert own["points"].min() > -0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_base_learning_rate_diverges(tmp_path, dtype):
+  data = compare(
+    "range",
+    tmp_path,
+    methods=configs.sweep.get_config("range").methods[1:4],
+    fields=(f"dtype={dtype}", f"param_dtype={dtype}"),
+    seeds=2,
+  )
+  at = lambda last: data[(data["step"] == data["num_steps"]) == last]["loss"]
+  assert np.isfinite(data["loss"]).all()
+  assert (at(True) < at(False).max()).all()
+
+
+@pytest.mark.slow
+def test_each_of_the_flags_options_helps(tmp_path):
+  result = comparison.compare(compare("ablation", tmp_path))
+  ratios = result.groupby("method")["ratio"].agg(comparison.geometric_mean)
+  assert ratios["s_init=1e-6"] > 1.05
+  assert ratios["one scale"] > 1.0
+  assert (ratios > 0.97).all()
 
 
 def make_rows():

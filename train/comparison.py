@@ -111,6 +111,7 @@ def tables(data: pd.DataFrame) -> str:
   result = compare(data)
   parts = [
     _summary(result),
+    _ratios(result),
     *(_by_job(result, n) for n in dict.fromkeys(result["num_steps"])),
   ]
   if ranges := _ranges(data):
@@ -148,6 +149,20 @@ def _summary(result: pd.DataFrame) -> str:
     "failed runs",
   ]
   return format_table([head, *rows])
+
+
+def _ratios(result: pd.DataFrame) -> str:
+  """Returns each method's losses over the first one's, length by length."""
+  jobs = list(dict.fromkeys(result["job"]))
+  rows = []
+  for method, own in result.groupby("method", sort=False):
+    of_job = [own[own["job"] == job]["ratio"] for job in jobs]
+    rows.append(
+      [str(method), *(" / ".join(map(_number, each)) for each in of_job)]
+    )
+  lengths = dict.fromkeys(result["num_steps"])
+  head = f"loss ratios after {' / '.join(map(str, lengths))} steps"
+  return format_table([[head, *jobs], *rows])
 
 
 def _by_job(result: pd.DataFrame, num_steps: int) -> str:

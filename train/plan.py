@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import shlex
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Unit(NamedTuple):
     method: what the method is called.
     settings: the fields that it sets, FIELD=VALUE ...
     tuned: whether its learning rate is tuned by hand.
+    rates: the learning rates, or factors of what is learned.
     config: the job's.
     sweep: the sweep's, with the job's own lengths and such.
   """
@@ -39,17 +41,13 @@ class Unit(NamedTuple):
   method: str
   settings: str
   tuned: bool
+  rates: tuple[float, ...]
   config: ConfigDict
   sweep: ConfigDict
 
   def runs(self) -> list[Run]:
     """Returns the learning rates and the seeds."""
-    rates = self.sweep.factors
-    if self.tuned:
-      of = self.sweep.learning_rates
-      rows = stack.resolve(self.config.optimizer, self.config.opt.to_dict())
-      rates = of.get(rows[-1].name, of.other)
-    return list(itertools.product(map(float, rates), range(self.sweep.seeds)))
+    return list(itertools.product(self.rates, range(self.sweep.seeds)))
 
   def keys(self, num_steps: int) -> Iterator[Key]:
     """Yields the keys of the rows that it makes at a length."""
@@ -92,37 +90,11 @@ def make_units(config: ConfigDict) -> list[Unit]:
   Raises:
     UsageError: a job or a method that is none, or a value out of range.
   """
-  units = []
-  for entry in (*config.jobs, *config.interpolating):
-    file, *texts = shlex.split(entry)
-    fields = [_split(text) for text in texts]
-    of_job = [each for each in fields if each[0].split(".")[1] not in config]
-    sweep = config.copy_and_resolve_references()
-    flags.override(sweep, [each for each in fields if each not in of_job])
-    _check(sweep)
-    for method in config.methods:
-      label, colon, text = method.partition(":")
-      settings = shlex.split(text) if colon else [f"optimizer={label}"]
-      settings = [*config.fields, *settings]
-      job_config = flags.load_config(file)
-      flags.override(job_config, [*of_job, *map(_split, settings)])
-      with job_config.unlocked():
-        job_config.learning_rate = 1.0
-      flax_mechanic.make_optimizer(job_config)  # What is wrong is said now.
-      rows = stack.resolve(job_config.optimizer, job_config.opt.to_dict())
-      units.append(
-        Unit(
-          job=shlex.join(
-            [file, *(text for text in texts if _split(text) in of_job)]
-          ),
-          interpolates=entry in config.interpolating,
-          method=label,
-          settings=shlex.join(settings),
-          tuned=all(row.tuned for row in rows),
-          config=job_config,
-          sweep=sweep,
-        )
-      )
+  units = [
+    _make_unit(config, entry, method)
+    for entry in (*config.jobs, *config.interpolating)
+    for method in config.methods
+  ]
   if not units:
     raise UsageError(
       "the sweep has no jobs or no methods; type"
@@ -130,6 +102,47 @@ def make_units(config: ConfigDict) -> list[Unit]:
       """--config.methods="('adamw','mechanic')\""""
     )
   return units
+
+
+def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
+  """Returns a job with a method.
+
+  Args:
+    config: the sweep's.
+    entry: the job's, in `config.jobs` or `config.interpolating`.
+    method: in `config.methods`.
+  """
+  file, *fields = shlex.split(entry)
+  of_job = [
+    each
+    for each in fields
+    if re.split("[.=]", each, maxsplit=1)[0] not in config
+  ]
+  sweep = config.copy_and_resolve_references()
+  flags.override(sweep, [_split(each) for each in fields if each not in of_job])
+  _check(sweep)
+  label, colon, text = method.partition(":")
+  settings = shlex.split(text) if colon else [f"optimizer={label}"]
+  settings = [*sweep.fields, *settings]
+  job = flags.load_config(file)
+  flags.override(job, [_split(each) for each in (*of_job, *settings)])
+  with job.unlocked():
+    job.learning_rate = 1.0
+  flax_mechanic.make_optimizer(job)  # What is wrong is said now.
+  rows = stack.resolve(job.optimizer, job.opt.to_dict())
+  tuned = all(row.tuned for row in rows)
+  peaks = sweep.learning_rates
+  rates = peaks.get(rows[-1].name, peaks.other) if tuned else sweep.factors
+  return Unit(
+    job=" ".join([file, *of_job]),
+    interpolates=entry in config.interpolating,
+    method=label,
+    settings=" ".join(settings),
+    tuned=tuned,
+    rates=tuple(map(float, rates)),
+    config=job,
+    sweep=sweep,
+  )
 
 
 def _split(field: str) -> tuple[str, str]:

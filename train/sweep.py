@@ -64,14 +64,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   workdir = Path(given["workdir"]).expanduser()
   file = workdir / "runs.jsonl"
   train(units, file)
-  found = {plan.key(row): row for row in read(file)}
-  rows = [
-    found[key] | {name: getattr(unit, name) for name in _OF_UNIT}
-    for unit in units
-    for num_steps in unit.sweep.num_steps
-    for key in unit.keys(num_steps)
-  ]
-  data = comparison.frame(rows)
+  data = comparison.frame(rows_of(units, file))
   tables = comparison.tables(data)
   (workdir / "tables.md").write_text(tables + "\n")
   yield tables
@@ -131,6 +124,17 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
       stopped.set()
       pool.shutdown(cancel_futures=True)
       raise
+
+
+def rows_of(units: Sequence[plan.Unit], file: Path) -> list[Row]:
+  """Returns the rows that a file has of units, with what tells them apart."""
+  found = {plan.key(row): row for row in read(file)}
+  return [
+    found[key] | {name: getattr(unit, name) for name in _OF_UNIT}
+    for unit in units
+    for num_steps in unit.sweep.num_steps
+    for key in unit.keys(num_steps)
+  ]
 
 
 def read(file: Path) -> list[Row]:

@@ -41,20 +41,22 @@ _METHODS = (
   "momo",
   "momo_adam",
 )
+# Where a step is dear.
+_DEAR = "runs_at_once=1 num_steps=(400,1600)"
 _JOBS = (
   "configs/teacher.py",
   "configs/tabular.py:diabetes model.widths=()",
   "configs/tabular.py:breast_cancer",
   "configs/digits.py:logistic",
-  "configs/text.py:small runs_at_once=1",
-  "configs/text.py:gru runs_at_once=1 num_steps=(400,1600)",
+  f"configs/text.py:small {_DEAR}",
+  f"configs/text.py:gru {_DEAR}",
 )
 _INTERPOLATING = (
   "configs/tabular.py:diabetes",
   "configs/digits.py:mlp",
   "configs/autoencoder.py",
-  "configs/digits.py:small_cnn runs_at_once=1",
-  "configs/digits.py:vit runs_at_once=1 num_steps=(400,1600)",
+  f"configs/digits.py:small_cnn {_DEAR}",
+  f"configs/digits.py:vit {_DEAR}",
 )
 
 _FEW = {

@@ -21,6 +21,7 @@ _COLUMNS = 4
 _MARKERS = "os^Dv<>Pp*"
 # Of the axes, times the first method's loss.
 _LOSSES = (0.4, 10.0)
+_TICKS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:
@@ -38,7 +39,12 @@ def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:
     "profiles": lambda: _profiles(result, styles),
     "losses": lambda: _over_steps(chosen, "loss", styles),
     "learning_rates": lambda: _over_rates(data, styles),
-    "learned": lambda: _over_steps(chosen, "learning_rate/effective", styles),
+    # At the last step the schedule is over.
+    "learned": lambda: _over_steps(
+      chosen[chosen["step"] < chosen["num_steps"]],
+      "learning_rate/effective",
+      styles,
+    ),
   }
   # Text stays text, and nothing of the day or of chance.
   fixed = {"svg.fonttype": "none", "svg.hashsalt": "sweep"}
@@ -198,6 +204,6 @@ def _panels(
 
 
 def _plain_ticks(axis: Any) -> None:
-  axis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+  axis.set_major_locator(mpl.ticker.FixedLocator(_TICKS))
   axis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:g}"))
   axis.set_minor_locator(mpl.ticker.NullLocator())

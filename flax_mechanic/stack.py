@@ -211,6 +211,16 @@ class _Update:
         f"this optimizer needs {' and '.join(missing)}: call minimize, or "
         f"update(..., {arguments})"
       )
+    if "per_example" in self.needs and params is not None:
+      leaves = zip(
+        jax.tree.leaves(updates), jax.tree.leaves(params), strict=True
+      )
+      if any(jnp.ndim(g) == jnp.ndim(x) for g, x in leaves):
+        # Optax would take the rows of a kernel for examples.
+        raise ValueError(
+          "this optimizer needs a gradient for each example: call minimize, or "
+          "update with gradients that have the batch for a first axis"
+        )
     if "grad_fn" not in self.needs:
       # It is no array, so MultiSteps and conditionals could not hand it on.
       extra_args.pop("grad_fn", None)

@@ -100,6 +100,14 @@ def test_patterns_are_searched_in_paths_without_boxes(box):
   assert shapes(boxed) == shapes(network.params())
 
 
+def test_a_gradient_of_the_whole_batch_is_not_one_per_example():
+  # All leaves have as many rows, so that optax would take them for examples.
+  params = {"a": jnp.ones((8, 3)), "b": jnp.ones((8, 2))}
+  tx = build("dpsgd")
+  with pytest.raises(ValueError, match="needs a gradient for each example"):
+    tx.update(params, tx.init(params), params)
+
+
 @pytest.mark.parametrize("name", ["sam", AGGREGATE])
 def test_what_the_errors_say_to_type_builds(name):
   tx = build(name, **under(name, base="mechanic"))

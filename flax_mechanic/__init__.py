@@ -14,7 +14,7 @@ The rooms, the lowest floor first; each imports from lower ones only:
   mesh            optax's transformations on every mesh
   table           the table: a row for each optimizer
   stack           what wraps what, and the transformation that it builds
-  config          the ml_collections face: `make_optimizer`
+  config          the config's face of it: `make_optimizer`
   metrics         what was learned, out of a state: `scalars`
   checksum        checksums of arrays, however they are sharded
   record          what a checkpoint tells beside its arrays

@@ -1,20 +1,41 @@
-"""The ml_collections face of the table of optimizers."""
+"""The config's face of the table of optimizers."""
 
+import dataclasses
 import math
+import numbers
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optax
 from ml_collections import ConfigDict, config_dict
 
 from flax_mechanic import registry, stack
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, did_you_mean
+
+# The fields that hold for every optimizer, and their defaults.
+_DEFAULTS = {
+  "grad_clip": 0.0,
+  "accumulate_steps": 1,
+  "freeze": (),
+  "no_decay": (),
+}
+
+# What a value may be where the default is of this type.
+_ACCEPTED = {
+  float: numbers.Real,
+  int: numbers.Integral,
+  tuple: (tuple, list),
+}
 
 
 def add_optimizer_config(
-  config: ConfigDict, optimizer: str = "adamw"
+  config: ConfigDict,
+  optimizer: str | None = None,
+  *,
+  old_flags: Sequence[str] | Mapping[str, str] = (),
 ) -> ConfigDict:
-  """Adds the optimizer's fields to a job's config.
+  """Adds the optimizer's fields to a job's config; its own ones stay.
 
   The fields are `config.optimizer`, `config.opt.<name>.<option>` for every
   registered name, `config.grad_clip` (maximum global norm, 0.0 for none),
@@ -26,52 +47,81 @@ def add_optimizer_config(
   Args:
     config: a config whose `learning_rate`, if there is one, is the one that
       optimizers tuned by hand shall read.
-    optimizer: the default, the job's present optimizer.
+    optimizer: the default; by default `config.optimizer` if the job has that
+      field, else "adamw".
+    old_flags: fields of the job's that go on acting, `["weight_decay", "b2"]`,
+      or their names -> new names, `{"lr": "learning_rate", "wd":
+      "weight_decay"}`. A new name is `learning_rate`, `grad_clip` or another
+      field for all, or an option: of every optimizer that is tuned by hand and
+      wraps no other, so not Mechanic's `weight_decay`, which is another thing.
+      What follows an old flag does so on the command line too, unless it is set
+      there itself. Warm-up is a matter of `make_optimizer`'s schedule.
 
   Returns:
     `config`.
 
   Raises:
-    UsageError: one of the fields is there already, or `optimizer` is unknown.
+    UsageError: another field is there already, `optimizer` is unknown, or an
+      old flag is not there or means nothing.
 
   Example:
-    >>> config = add_optimizer_config(ConfigDict({"learning_rate": 1e-3}))
-    >>> config.opt.mechanic.base
-    'adamw'
+    >>> config = ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.1})
+    >>> config = add_optimizer_config(config, old_flags=["weight_decay"])
+    >>> config.opt.mechanic.base, config.opt.adamw.weight_decay
+    ('adamw', 0.1)
   """
-  registry.get(optimizer, "optimizer")
-  fields = {
-    "optimizer": optimizer,
+  present = config.get("optimizer")
+  if not isinstance(present, str | None):
+    raise UsageError(
+      f"config.optimizer is there already, a {type(present).__name__}, where "
+      "the name of an optimizer goes; rename it before calling "
+      "add_optimizer_config"
+    )
+  optimizer = optimizer or present or "adamw"
+  registry.get(optimizer, "config.optimizer")
+  fields: dict[str, Any] = {
     "opt": {
       name: {option: _field(value) for option, value in row.options.items()}
       for name, row in registry.methods().items()
     },
-    "grad_clip": 0.0,
-    "accumulate_steps": 1,
-    "freeze": (),
-    "no_decay": (),
+    **_DEFAULTS,
   }
-  taken = [field for field in fields if field in config]
-  if taken:
-    raise UsageError(
-      f"config.{taken[0]} is there already; rename it before calling "
-      "add_optimizer_config"
-    )
+  if not isinstance(old_flags, Mapping):
+    old_flags = {name: name for name in old_flags}
+  for old, new in old_flags.items():
+    _read_old_flag(config, old, new, fields)
+  for field in fields:
+    if field in config:
+      meant = f', or say old_flags=["{field}"] if it is what is meant'
+      raise UsageError(
+        f"config.{field} is there already; rename it before calling "
+        f"add_optimizer_config{'' if field == 'opt' else meant}"
+      )
   with config.unlocked():
-    config.update(ConfigDict(fields))
+    config.update(ConfigDict({"optimizer": optimizer, **fields}))
   return config
 
 
 def make_optimizer(
-  config: ConfigDict, schedule: optax.Schedule | None = None
+  config: Any,
+  schedule: optax.Schedule | None = None,
+  *,
+  peak: float = 1.0,
 ) -> optax.GradientTransformation:
   """Returns the optax transformation that the config names.
 
   Args:
-    config: a config that went through `add_optimizer_config`.
-    schedule: update count -> learning rate, a shape with peak 1.0; None is
-      constant. Optimizers tuned by hand multiply it by `config.learning_rate`;
-      learning-rate-free ones do not read that field.
+    config: a config that went through `add_optimizer_config`; or any object,
+      such as a dataclass, with a field `optimizer`. It may have the others too:
+      `learning_rate`, `grad_clip`, `accumulate_steps`, `freeze`, `no_decay`,
+      and `opt`, a dict or a dataclass, name -> option -> value. What is missing
+      or None has its default.
+    schedule: update count -> learning rate; None is constant. Optimizers tuned
+      by hand take `config.learning_rate` times its shape; learning-rate-free
+      ones take its shape, and do not read that field.
+    peak: the largest value of `schedule`, whose shape is `schedule / peak`: 1.0
+      for a schedule made for this, `config.learning_rate` for one that a job
+      made for its old optimizer.
 
   Raises:
     UsageError: an unknown name, a combination that makes no sense, or a value
@@ -80,22 +130,34 @@ def make_optimizer(
   Example:
     >>> config = add_optimizer_config(ConfigDict(), optimizer="mechanic")
     >>> tx = make_optimizer(config, optax.cosine_decay_schedule(1.0, 100))
+
+    >>> @dataclasses.dataclass(slots=True)
+    ... class Config:
+    ...   optimizer: str = "mechanic"
+    >>> tx = make_optimizer(Config(), optax.cosine_decay_schedule(1.0, 100))
   """
-  options = config.opt.to_dict()
-  rows = stack.resolve(config.optimizer, options)
-  peak = stack.peak(rows, options, config.get("learning_rate"))
-  if not 0 <= peak < math.inf:
+  rows, options = _stack(config)
+  rate = stack.peak(rows, options, _read(config, "learning_rate", float))
+  fields = {
+    field: _read(config, field, default) for field, default in _DEFAULTS.items()
+  }
+  if not 0 <= rate < math.inf:
     raise UsageError(
-      f"the learning rate of config.optimizer={config.optimizer!r} is {peak}; "
+      f"the learning rate of config.optimizer={config.optimizer!r} is {rate}; "
       "it must be a finite number of at least 0"
     )
-  if not 0 <= config.grad_clip < math.inf:
+  if not 0 < peak < math.inf:
     raise UsageError(
-      f"config.grad_clip={config.grad_clip} must be a norm above 0, or 0 for "
-      "no clipping"
+      f"peak={peak} must be the largest value of the schedule, a finite number "
+      "above 0"
+    )
+  if not 0 <= fields["grad_clip"] < math.inf:
+    raise UsageError(
+      f"config.grad_clip={fields['grad_clip']} must be a norm above 0, or 0 "
+      "for no clipping"
     )
   for field in ("freeze", "no_decay"):
-    for pattern in config[field]:
+    for pattern in fields[field]:
       if not isinstance(pattern, str):
         raise UsageError(
           f"config.{field}={pattern!r} must be a text; type "
@@ -107,23 +169,20 @@ def make_optimizer(
         raise UsageError(
           f"config.{field}={pattern!r} is not a regular expression: {error}"
         ) from None
-  if config.accumulate_steps < 1:
+  if fields["accumulate_steps"] < 1:
     raise UsageError(
-      f"config.accumulate_steps={config.accumulate_steps} must be at least 1"
+      f"config.accumulate_steps={fields['accumulate_steps']} must be at least 1"
     )
-  shape = schedule or optax.constant_schedule(1.0)
+  given = schedule or optax.constant_schedule(peak)
   return stack.build(
     rows,
     options,
-    lambda count: peak * shape(count),
-    grad_clip=config.grad_clip,
-    accumulate_steps=config.accumulate_steps,
-    freeze=config.freeze,
-    no_decay=config.no_decay,
+    lambda count: rate / peak * given(count),
+    **fields,
   )
 
 
-def own_schedule(config: ConfigDict) -> str:
+def own_schedule(config: Any) -> str:
   """Returns the name of the schedule that the config's optimizer was made for.
 
   A name that `make_schedule` knows; "constant" for dog, "warmup" for
@@ -132,8 +191,36 @@ def own_schedule(config: ConfigDict) -> str:
   Raises:
     UsageError: as `make_optimizer`.
   """
-  rows = stack.resolve(config.optimizer, config.opt.to_dict())
+  rows, _ = _stack(config)
   return stack.schedule_name(rows)
+
+
+def _read_old_flag(
+  config: ConfigDict, old: str, new: str, fields: dict[str, Any]
+) -> None:
+  """Has the fields to be added follow a field of the job's own."""
+  if old not in config:
+    raise UsageError(
+      f"old_flags names {old!r}, which config does not have"
+      + did_you_mean(old, config)
+    )
+  if new in ("learning_rate", *_DEFAULTS):
+    fields.pop(new, None)
+    if new != old:
+      fields[new] = config.get_oneway_ref(old)
+    return
+  rows = [
+    row
+    for row in registry.methods().values()
+    if row.tuned and not row.wraps and new in row.options
+  ]
+  if not rows:
+    raise UsageError(
+      f"old_flags has {new!r}, which no optimizer tuned by hand has as an "
+      "option; leave it out, or put it into the schedule for make_optimizer"
+    )
+  for row in rows:
+    fields["opt"][row.name][new] = config.get_oneway_ref(old)
 
 
 def _field(default: Any) -> Any:
@@ -141,3 +228,82 @@ def _field(default: Any) -> Any:
   if isinstance(default, type):
     return config_dict.placeholder(default)
   return default
+
+
+def _stack(config: Any) -> tuple[list[registry.Method], stack.Options]:
+  """Returns the rows that a config names, and every row's options."""
+  name = _read(config, "optimizer", str)
+  if name is None:
+    raise UsageError(
+      "config.optimizer is missing; call add_optimizer_config(config), or give "
+      'a config of another kind the field optimizer: str = "adamw"'
+    )
+  methods = registry.methods()
+  given = _as_dict(getattr(config, "opt", None), "config.opt")
+  for row in given:
+    if row not in methods:
+      raise UsageError(
+        f"config.opt.{row} is not an optimizer{did_you_mean(row, methods)}"
+      )
+  options = {row.name: _options(row, given) for row in methods.values()}
+  return stack.resolve(name, options), options
+
+
+def _options(
+  row: registry.Method, given: Mapping[str, Any]
+) -> Mapping[str, Any]:
+  """Returns a row's options: what `config.opt` gives, over the defaults."""
+  group = f"config.opt.{row.name}"
+  values = _as_dict(given.get(row.name), group)
+  for option in values:
+    if option not in row.options:
+      raise UsageError(
+        f"{group}.{option} is not an option of {row.name}"
+        + did_you_mean(option, row.options)
+      )
+  return {
+    option: _checked(values[option], default, f"{group}.{option}")
+    if option in values
+    else _default(default)
+    for option, default in row.options.items()
+  }
+
+
+def _as_dict(group: Any, field: str) -> dict[str, Any]:
+  """Returns a group of fields, of whichever kind it is, as name -> value."""
+  if group is None:
+    return {}
+  if dataclasses.is_dataclass(group):
+    names = (each.name for each in dataclasses.fields(group))
+    return {name: getattr(group, name) for name in names}
+  if isinstance(group, Mapping | ConfigDict):
+    return {name: group[name] for name in group}
+  raise UsageError(
+    f"{field}={group!r} must be a group of fields: a dict or a dataclass"
+  )
+
+
+def _read(config: Any, field: str, default: Any) -> Any:
+  """Returns a field of the config, or the default where it is not or None."""
+  value = getattr(config, field, None)
+  if value is None:
+    return _default(default)
+  return _checked(value, default, f"config.{field}")
+
+
+def _default(default: Any) -> Any:
+  """Returns a default, which a type stands for where it is None."""
+  return None if isinstance(default, type) else default
+
+
+def _checked(value: Any, default: Any, field: str) -> Any:
+  """Returns a value, if it is None or of the type of the field's default."""
+  kind = default if isinstance(default, type) else type(default)
+  if value is None or default is None:
+    return value
+  if isinstance(value, _ACCEPTED.get(kind, kind)):
+    return value
+  raise UsageError(
+    f"{field}={value!r} is of type {type(value).__name__}; it must be of type "
+    f"{kind.__name__}"
+  )

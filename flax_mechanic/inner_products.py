@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic.sharding import Shardings, leaf_path
+from flax_mechanic.sharding import Shardings, parameter_path
 
 # A sum for each pair, or arrays whose sums they are.
 Sums = tuple[jax.Array, ...]
@@ -106,7 +106,7 @@ def _by_placement(tree: Any, shardings: Shardings | None) -> Any:
     sharding = jax.typeof(leaf).sharding
     axis_types = set(sharding.mesh.axis_types)
     if axis_types != {AxisType.Explicit}:
-      sharding = known.get(leaf_path(path))
+      sharding = known.get(parameter_path(path))
     if sharding is None or AxisType.Manual in axis_types:
       rest.append(i)
     else:

@@ -23,7 +23,7 @@ import optax
 
 from flax_mechanic.guard import guarded_update
 from flax_mechanic.inner_products import PAIRS, Sums, inner_products
-from flax_mechanic.sharding import Shardings, leaf_path
+from flax_mechanic.sharding import Shardings, parameter_path
 
 
 class MechanicState(NamedTuple):
@@ -524,7 +524,8 @@ def _members(
   if not groups:
     return None
   paths = [
-    leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    parameter_path(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(params)
   ]
   if callable(groups):
     labels = [groups(path) for path in paths]

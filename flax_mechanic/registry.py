@@ -190,6 +190,6 @@ def get(name: str, field: str) -> Method:
   """
   if name not in _TABLE:
     raise UsageError(
-      f"{field}={name!r} is not an optimizer{did_you_mean(name, _TABLE)}"
+      f"{field}={name!r} is not an optimizer{did_you_mean(str(name), _TABLE)}"
     )
   return _TABLE[name]

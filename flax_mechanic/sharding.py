@@ -64,7 +64,7 @@ class Shardings:
         sharding = None
       if sharding:
         sharding = _normal(sharding, leaf.ndim)
-      found.append(PlacedLeaf(leaf_path(path), jnp.shape(leaf), sharding))
+      found.append(PlacedLeaf(parameter_path(path), jnp.shape(leaf), sharding))
     if len({leaf.sharding.mesh for leaf in found if leaf.sharding}) > 1:
       found = [leaf._replace(sharding=None) for leaf in found]
     return cls(tuple(found))
@@ -141,7 +141,7 @@ class Shardings:
     """Returns the parameters where they lay, as far as that is known."""
     known = self.by_path
     return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: _place(leaf, known.get(leaf_path(path))), params
+      lambda path, leaf: _place(leaf, known.get(parameter_path(path))), params
     )
 
   def init(
@@ -239,6 +239,16 @@ def on_device(tree: Any) -> Any:
 def leaf_path(path: Any) -> str:
   """Returns a leaf's path as text, such as "blocks/0/bias"."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def parameter_path(path: Any) -> str:
+  """Returns a parameter's path as text, whatever its array is boxed in.
+
+  An NNX variable and Linen's `Partitioned` hold it in an attribute `value`,
+  which `nnx.Optimizer` has its transformation see at `init` alone (flax 0.12).
+  """
+  boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),)
+  return leaf_path(path[:-1] if boxed else path)
 
 
 def parameter_of(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic import mesh, registry, transforms
-from flax_mechanic.errors import UsageError, did_you_mean
+from flax_mechanic.errors import UsageError
 from flax_mechanic.registry import Method
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -21,31 +21,18 @@ def resolve(name: str, options: Options) -> list[Method]:
 
   Args:
     name: the value of `config.optimizer`.
-    options: row name -> option -> value, `config.opt`.
+    options: row name -> option -> value, of every row.
 
   Raises:
-    UsageError: an unknown name or option, or a combination that makes no
-      sense.
+    UsageError: an unknown name, or a combination that makes no sense.
   """
   rows = [registry.get(name, "config.optimizer")]
   while rows[-1].wraps:
     outer = rows[-1]
     field = f"config.opt.{outer.name}.base"
-    given = options.get(outer.name, outer.options)
-    row = registry.get(given["base"], field)
+    row = registry.get(options[outer.name]["base"], field)
     _check_pair(rows, row, field)
     rows.append(row)
-  for row in rows:
-    if row.name not in options:
-      raise UsageError(
-        f"config.opt has no {row.name!r}; call register before "
-        "add_optimizer_config"
-      )
-    for option in options[row.name].keys() - row.options.keys():
-      raise UsageError(
-        f"config.opt.{row.name}.{option} is not an option of {row.name}"
-        + did_you_mean(option, row.options)
-      )
   return rows
 
 
@@ -211,6 +198,16 @@ class _Update:
         f"this optimizer needs {' and '.join(missing)}: call minimize, or "
         f"update(..., {arguments})"
       )
+    if "per_example" in self.needs and params is not None:
+      leaves = zip(
+        jax.tree.leaves(updates), jax.tree.leaves(params), strict=True
+      )
+      if any(jnp.ndim(g) == jnp.ndim(x) for g, x in leaves):
+        # Optax would take the rows of a kernel for examples.
+        raise ValueError(
+          "this optimizer needs a gradient for each example: call minimize, or "
+          "update with gradients that have the batch for a first axis"
+        )
     if "grad_fn" not in self.needs:
       # It is no array, so MultiSteps and conditionals could not hand it on.
       extra_args.pop("grad_fn", None)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic.errors import UsageError
-from flax_mechanic.sharding import leaf_path
+from flax_mechanic.sharding import parameter_path
 
 
 def accepted(
@@ -224,7 +224,7 @@ def matching(patterns: Sequence[str], params: optax.Params) -> Any:
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: any(
-      re.search(pattern, leaf_path(path)) for pattern in patterns
+      re.search(pattern, parameter_path(path)) for pattern in patterns
     ),
     params,
   )
@@ -273,7 +273,7 @@ def check_found(
     field: the config field that holds the patterns.
   """
   paths = [
-    leaf_path(path)
+    parameter_path(path)
     for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
   ]
   for pattern in patterns:

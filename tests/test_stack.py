@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from optax import contrib
 
 import flax_mechanic
@@ -86,6 +88,24 @@ def test_combinations_that_make_no_sense(fields, words):
   with pytest.raises(UsageError, match=words) as error:
     build(**{"optimizer": "adamw"} | fields).init(network.params())
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "box", [nnx.Param, lambda x: nn.Partitioned(x, (None,) * x.ndim)]
+)
+def test_patterns_are_searched_in_paths_without_boxes(box):
+  tx = build("mechanic", freeze=("bias$",), opt__mechanic__groups="kernel$")
+  shapes = lambda tree: [x.shape for x in jax.tree.leaves(tx.init(tree))]
+  boxed = jax.tree.map(box, network.params())
+  assert shapes(boxed) == shapes(network.params())
+
+
+def test_a_gradient_of_the_whole_batch_is_not_one_per_example():
+  # All leaves have as many rows, so that optax would take them for examples.
+  params = {"a": jnp.ones((8, 3)), "b": jnp.ones((8, 2))}
+  tx = build("dpsgd")
+  with pytest.raises(ValueError, match="needs a gradient for each example"):
+    tx.update(params, tx.init(params), params)
 
 
 @pytest.mark.parametrize("name", ["sam", AGGREGATE])

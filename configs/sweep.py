@@ -43,6 +43,7 @@ _METHODS = (
 )
 # Where a step is dear.
 _DEAR = "runs_at_once=1 num_steps=(400,1600)"
+_DEARER = "runs_at_once=1 num_steps=(400,)"
 _JOBS = (
   "configs/teacher.py",
   "configs/tabular.py:diabetes model.widths=()",
@@ -56,7 +57,7 @@ _INTERPOLATING = (
   "configs/digits.py:mlp",
   "configs/autoencoder.py",
   f"configs/digits.py:small_cnn {_DEAR}",
-  f"configs/digits.py:vit {_DEAR}",
+  f"configs/digits.py:vit {_DEARER}",
 )
 
 _FEW = {

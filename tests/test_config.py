@@ -46,6 +46,7 @@ def test_every_option_is_the_method_s_own_default():
     "delayed_scale": False,
     "relative_s_init": 0.01,
     "groups": ".*",
+    "tune_steps": None,
   }
   config.opt.adamw.mu_dtype = "bfloat16"
   state = flax_mechanic.make_optimizer(config).init(network.params())

@@ -28,8 +28,9 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
   Returns:
     The rows and the columns "tuning", the loss that learning rates are chosen
-    by; "loss", the one that counts; "accuracy", held out and not chosen by, in
-    percent. A loss that is not finite is infinite.
+    by; "loss", the one that counts, and "floor", what it counts as below that;
+    "accuracy", held out and not chosen by, in percent. A loss that is not
+    finite is infinite.
   """
   data = pd.DataFrame(rows)
   by_heart = data["interpolates"]
@@ -43,6 +44,9 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
   else:
     data["accuracy"] = np.nan
   data["job"] = data["job"].map(short)
+  start = data["loss"].where(data["step"] == 0)
+  start = start.groupby([data[name] for name in _CASE]).transform("mean")
+  data["floor"] = (FLOOR * start).where(by_heart, 0.0)
   return data
 
 
@@ -72,9 +76,8 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
 
   Returns:
     The columns "job", "num_steps", "interpolates", "method", "learning_rate",
-    "tuned"; "loss", "accuracy" and their deviations over seeds, "loss_sd" and
-    "accuracy_sd";
-    "ratio" of the loss to the first method's; "points" of accuracy above it;
+    "tuned", "floor"; "loss", "accuracy" and their deviations over seeds,
+    "loss_sd" and "accuracy_sd"; "ratio" of the loss to the first method's; "points" of accuracy above it;
     "failed", how many runs ended with a loss that is not finite.
   """
   runs = chosen(data)
@@ -86,17 +89,16 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     loss_sd=("loss", "std"),
     accuracy=("accuracy", "mean"),
     accuracy_sd=("accuracy", "std"),
+    floor=("floor", "first"),
     failed=("loss", lambda losses: int(np.isinf(losses).sum())),
   )
   result = result.reset_index()
   first = result[result["method"] == result["method"].iloc[0]]
-  start = data[data["step"] == 0].groupby(_CASE)["loss"].mean()
   of = result.merge(
     first[[*_CASE, "loss", "accuracy"]], on=_CASE, suffixes=("", "_first")
-  ).merge(start.rename("loss_start").reset_index(), on=_CASE)
-  floor = (FLOOR * of["loss_start"]).where(of["interpolates"], 0.0)
-  result["ratio"] = np.maximum(of["loss"], floor) / np.maximum(
-    of["loss_first"], floor
+  )
+  result["ratio"] = np.maximum(of["loss"], of["floor"]) / np.maximum(
+    of["loss_first"], of["floor"]
   )
   result["points"] = of["accuracy"] - of["accuracy_first"]
   return result
@@ -186,8 +188,10 @@ def usable(data: pd.DataFrame) -> pd.DataFrame:
   """
   last = data[data["step"] == data["num_steps"]]
   keys = [*_CASE, "method"]
-  means = last.groupby([*keys, "learning_rate"], sort=False)["loss"].mean()
-  means = means.reset_index()
+  means = last.groupby([*keys, "learning_rate"], sort=False).agg(
+    loss=("loss", "mean"), floor=("floor", "first")
+  )
+  means = means.max(axis=1).rename("loss").reset_index()
   best = means.groupby(keys, sort=False)["loss"].transform("min")
   found = means[means["loss"] <= USABLE * best].groupby(keys, sort=False)
   found = found["learning_rate"].agg(low="min", high="max").reset_index()

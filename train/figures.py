@@ -18,10 +18,10 @@ from train import comparison
 Styles = Mapping[str, Mapping[str, Any]]
 
 _COLUMNS = 4
-_MARKERS = "os^Dv<>Pp*"
+_MARKERS = "os^Dv<>Pp*hXd"
 # Of the axes, times the first method's loss.
 _LOSSES = (0.4, 10.0)
-_TICKS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
+_TICKS = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 
 
 def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:

@@ -32,6 +32,15 @@ KEYS = {
 }
 
 each_notebook = pytest.mark.parametrize("name", STEPS)
+each_notebook_in_time = pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name, marks=pytest.mark.slow if name == "reading_mechanic" else ()
+    )
+    for name in STEPS
+  ],
+)
 
 
 def load(name):
@@ -56,7 +65,7 @@ def test_every_notebook_is_here():
   assert {file.stem for file in (ROOT / "colab").iterdir()} == set(STEPS)
 
 
-@each_notebook
+@each_notebook_in_time
 def test_runs(name, tmp_path):
   nbclient = pytest.importorskip("nbclient", reason="pip install nbclient")
   pytest.importorskip("ipykernel", reason="pip install ipykernel")

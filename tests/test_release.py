@@ -73,7 +73,8 @@ def tracked():
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory):
   """The folder with the wheel and the sdist, built of the tracked files."""
-  pytest.importorskip("build", reason='pip install -e ".[release]"')
+  # Not a folder of that name.
+  pytest.importorskip("build.__main__", reason='pip install -e ".[release]"')
   source = tmp_path_factory.mktemp("source")
   for name in tracked():
     (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +84,8 @@ def dist(tmp_path_factory):
 
 
 def test_the_version_stands_in_one_place():
-  assert importlib.metadata.version("flax_mechanic") == VERSION
+  installed = importlib.metadata.version("flax_mechanic")
+  assert installed == VERSION, "pip install -e . reads the version anew"
   assert re.search(rf"^## {re.escape(VERSION)} \(", read("CHANGELOG.md"), re.M)
   project = tomllib.loads(read("pyproject.toml"))["project"]
   assert "version" in project["dynamic"]

@@ -452,6 +452,12 @@ def test_a_page_is_linked_from_another(page):
 # What tables say.
 
 
+def methods():
+  """Returns the registry, without what other tests have registered."""
+  rows = flax_mechanic.methods().items()
+  return {name: row for name, row in rows if row.paper}
+
+
 def tx_of(name, **options):
   config = ConfigDict({"learning_rate": 1e-3})
   flax_mechanic.add_optimizer_config(config, name)
@@ -480,14 +486,11 @@ def test_the_table_of_needs_is_the_registry_s():
   copies = lambda name: (
     size(jax.eval_shape(tx_of(name).init, params)) / size(params)
   )
-  methods = flax_mechanic.methods()
-  # Without those that other tests register.
-  known = [name for name, row in methods.items() if row.paper]
-  assert sorted(row[0].strip("`") for row in rows) == sorted(known)
+  assert {row[0].strip("`") for row in rows} == methods().keys()
   for name, rate, needs, schedule, state in (
     [cell.replace("`", "") for cell in row] for row in rows
   ):
-    method = methods[name]
+    method = methods()[name]
     base = method.wraps and copies(method.options["base"])
     tuned = "its base's" if method.wraps else "tuned"
     assert rate == (tuned if method.tuned else "learned")
@@ -504,9 +507,7 @@ def test_the_table_of_needs_is_the_registry_s():
 def refused(wrapper):
   """Returns the bases that a wrapper refuses, and those that it warns of."""
   refuses, warns = set(), set()
-  for name, row in flax_mechanic.methods().items():
-    if not row.paper:
-      continue
+  for name in methods():
     with warnings.catch_warnings(record=True) as caught:
       warnings.simplefilter("always")
       try:
@@ -520,9 +521,8 @@ def refused(wrapper):
 
 def test_the_table_of_bases_is_what_is_refused():
   rows = table("docs/choosing.md", "| wrapper | refuses |")
-  methods = flax_mechanic.methods()
-  learned = {n for n, row in methods.items() if not row.tuned and row.paper}
-  outermost = {n for n, row in methods.items() if row.replaces_gradient}
+  learned = {name for name, row in methods().items() if not row.tuned}
+  outermost = {n for n, row in methods().items() if row.replaces_gradient}
   said = {}
   for cells in rows:
     refuses, _, warns = cells[1].partition("; ")
@@ -530,8 +530,8 @@ def test_the_table_of_bases_is_what_is_refused():
     if "methods that learn their rate" in refuses:
       names |= learned
     said[cells[0].strip("`")] = names, {*re.findall(r"`(\w+)`", warns)}
-  for wrapper, row in methods.items():
-    if row.wraps and row.paper:
+  for wrapper, row in methods().items():
+    if row.wraps:
       names, warns = said.get(wrapper, (set(), set()))
       always = {wrapper} if not row.replaces_gradient else set()
       assert refused(wrapper) == (names | outermost | always, warns), wrapper
@@ -547,14 +547,14 @@ def listed(page, start):
 def test_fields_that_methods_refuse_are_listed():
   def refuse(field, value):
     found = set()
-    for name, row in flax_mechanic.methods().items():
+    for name, row in methods().items():
       config = ConfigDict({"learning_rate": 1e-3})
       flax_mechanic.add_optimizer_config(config, name)
       config[field] = value
       try:
         flax_mechanic.make_optimizer(config)
       except flax_mechanic.UsageError:
-        if row.paper and not row.wraps:
+        if not row.wraps:
           found.add(name)
     return found
 

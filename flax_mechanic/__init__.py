@@ -46,4 +46,26 @@ from flax_mechanic.sharding import Shardings as Shardings
 from flax_mechanic.sharding import state_sharding as state_sharding
 from flax_mechanic.train_state import TrainState as TrainState
 
+__all__ = [
+  "Checkpointer",
+  "MechanicState",
+  "Optimizer",
+  "Restored",
+  "Shardings",
+  "TrainState",
+  "UsageError",
+  "add_optimizer_config",
+  "adopt",
+  "describe",
+  "load_params",
+  "make_optimizer",
+  "make_schedule",
+  "mechanize",
+  "methods",
+  "own_schedule",
+  "register",
+  "scalars",
+  "state_sharding",
+]
+
 __version__ = "0.1.0"

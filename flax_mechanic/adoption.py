@@ -95,8 +95,22 @@ def adopt(
       belong, such as `tx.init`.
     params_only: whether to leave the saved optimizer's state.
 
+  Returns:
+    The parameters, the state over them, and what to tell of both.
+
   Raises:
     UsageError: as `load_params`.
+
+  Example:
+    >>> import tempfile
+    >>> from flax_mechanic import mechanize
+    >>> tx, params = optax.sgd(1.0, momentum=0.9), {"w": jnp.ones(2)}
+    >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+    ...   checkpointer.save(7, {"params": params, "opt_state": tx.init(params)})
+    ...   checkpointer.wait()
+    ...   adopted = adopt(checkpointer.directory, params, mechanize(tx).init)
+    >>> adopted.notes[1].split("; ")[0]
+    'of its optimizer trace'
   """
   saved = _Saved(directory)
   params = _load_params(saved, params)

@@ -174,6 +174,9 @@ class Checkpointer:
         set aside, their folders renamed to damaged_STEP, with a warning.
       config: the run's present config, to be compared with the saved one.
 
+    Returns:
+      The arrays, and what was saved with them.
+
     Raises:
       UsageError: there is no such step, it is damaged, or it does not fit
         `target`.

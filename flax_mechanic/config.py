@@ -123,6 +123,9 @@ def make_optimizer(
       for a schedule made for this, `config.learning_rate` for one that a job
       made for its old optimizer.
 
+  Returns:
+    A transformation that goes wherever an optax transformation goes.
+
   Raises:
     UsageError: an unknown name, a combination that makes no sense, or a value
       out of range.
@@ -188,8 +191,15 @@ def own_schedule(config: Any) -> str:
   A name that `make_schedule` knows; "constant" for dog, "warmup" for
   schedule_free, "warmup_cosine" for most.
 
+  Args:
+    config: as for `make_optimizer`.
+
   Raises:
     UsageError: as `make_optimizer`.
+
+  Example:
+    >>> own_schedule(add_optimizer_config(ConfigDict(), "dog"))
+    'constant'
   """
   rows, _ = _stack(config)
   return stack.schedule_name(rows)

@@ -79,7 +79,12 @@ _TABLE: dict[str, Method] = {}
 
 
 def methods() -> Mapping[str, Method]:
-  """Returns the table, name -> row, a live read-only view."""
+  """Returns the table, name -> row, a live read-only view.
+
+  Example:
+    >>> methods()["momo"].needs
+    frozenset({'value'})
+  """
   return MappingProxyType(_TABLE)
 
 
@@ -158,7 +163,12 @@ def register(
 
 
 def describe() -> str:
-  """Returns the table as text: a line of facts a row, and what it is."""
+  """Returns the table as text: a line of facts a row, and what it is.
+
+  Example:
+    >>> describe().splitlines()[2].strip()
+    'learns the learning rate of any tuned optimizer; start here'
+  """
   facts = [("name", "learning rate", "needs", "schedule")]
   for row in _TABLE.values():
     base = "its base's" if row.wraps else ""

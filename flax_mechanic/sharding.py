@@ -36,6 +36,14 @@ class Shardings:
       devices lie on the same one.
     offload: whether a state over them is kept in pinned host memory, as far as
       its leaves are shaped like them.
+
+  Example:
+    >>> mesh = jax.make_mesh((2,), ("data",))
+    >>> w = jax.ShapeDtypeStruct(
+    ...   (4, 3), "float32", sharding=NamedSharding(mesh, P(None, None))
+    ... )
+    >>> Shardings.of({"w": w}).split_over(["data"]).by_path["w"].spec
+    P('data', None)
   """
 
   leaves: tuple[PlacedLeaf, ...] = ()
@@ -100,7 +108,12 @@ class Shardings:
     )
 
   def for_state(self, shard_over: Sequence[str], offload: bool) -> Self:
-    """Returns those of a state's leaves that are shaped like parameters."""
+    """Returns those of a state's leaves that are shaped like parameters.
+
+    Args:
+      shard_over: axes over which they are split as well.
+      offload: whether they are kept in pinned host memory.
+    """
     return dataclasses.replace(self.split_over(shard_over), offload=offload)
 
   def of_state(self, state: Any) -> Any:
@@ -147,7 +160,12 @@ class Shardings:
   def init(
     self, tx: optax.GradientTransformation, params: optax.Params
   ) -> optax.OptState:
-    """Returns `tx.init(params)`, every leaf created where it belongs."""
+    """Returns `tx.init(params)`, every leaf created where it belongs.
+
+    Args:
+      tx: any optax transformation.
+      params: those whose shardings these are.
+    """
     here = Shardings.of(params)
     known = len(here.by_path) == len(self.by_path) == len(self.leaves) > 0
     if is_traced(params) or not known:

@@ -55,7 +55,7 @@ class TrainState(train_state.TrainState):
     offload: bool = False,
     **fields: Any,
   ) -> Self:
-    """Creates a state at step 0.
+    """Returns a new state at step 0.
 
     Args:
       apply_fn: usually `model.apply`.

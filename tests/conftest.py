@@ -25,6 +25,17 @@ def tpu_compiler():
   pytest.importorskip("libtpu", reason='pip install -e ".[tpu]"')
 
 
+from flax_mechanic import registry  # noqa: E402  # The environment is set.
+
+_TABLE = dict(registry.methods())
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch):
+  """Starts each test with the table as it is: examples and tests register."""
+  monkeypatch.setattr(registry, "_TABLE", dict(_TABLE))
+
+
 @pytest.fixture
 def x64():
   import jax  # After the environment is set.

@@ -12,7 +12,6 @@ import pytest
 from ml_collections import ConfigDict, config_flags
 
 import flax_mechanic
-from flax_mechanic import registry
 from flax_mechanic.errors import UsageError
 from tests import network, optimizers
 
@@ -330,9 +329,7 @@ def test_a_schedule_with_the_learning_rate_in_it_says_its_peak():
       flax_mechanic.make_optimizer(config, halfway, peak=peak)
 
 
-def test_register_adds_a_transformation_to_the_flag(monkeypatch):
-  monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
-
+def test_register_adds_a_transformation_to_the_flag():
   def signum(learning_rate, beta=0.9):
     return optax.chain(
       optax.trace(beta),
@@ -439,8 +436,7 @@ def test_mechanic_s_options_out_of_range_are_named(option, value):
     flax_mechanic.make_optimizer(config)
 
 
-def test_a_method_registered_late_has_its_defaults(monkeypatch):
-  monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+def test_a_method_registered_late_has_its_defaults():
   config = make_config()
   flax_mechanic.register("late", optax.sgd)
   config.optimizer = "late"

@@ -78,7 +78,8 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     The columns "job", "num_steps", "interpolates", "method", "learning_rate",
     "tuned", "floor"; "loss", "accuracy" and their deviations over seeds,
     "loss_sd" and "accuracy_sd"; "ratio" of the loss to the first method's;
-    "points" of accuracy above it; "failed", how many runs ended with a loss that is not finite.
+    "points" of accuracy above it; "failed", how many runs ended with a loss
+    that is not finite.
   """
   runs = chosen(data)
   last = runs[runs["step"] == runs["num_steps"]]

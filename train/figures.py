@@ -132,6 +132,7 @@ def _over_rates(data: pd.DataFrame, styles: Styles) -> Figure | None:
   last = data[data["step"] == data["num_steps"]]
   rates = last.groupby("method")["learning_rate"].transform("nunique")
   last = last[(rates > 1) & (last["num_steps"] == last["num_steps"].max())]
+  last = last.assign(loss=np.maximum(last["loss"], last["floor"]))
   if last.empty:
     return None
 
@@ -160,6 +161,8 @@ def _over_steps(
   if column not in runs:
     return None
   runs = runs[np.isfinite(runs[column]) & (runs[column] > 0)]
+  if runs.empty:
+    return None
 
   def panel(axes: Any, own: pd.DataFrame) -> None:
     for method, each in own.groupby("method", sort=False):

@@ -196,11 +196,12 @@ def test_no_base_learning_rate_diverges(tmp_path, dtype):
 
 @pytest.mark.slow
 def test_each_of_the_flags_options_helps(tmp_path):
-  result = comparison.compare(compare("ablation", tmp_path))
+  methods = configs.sweep.get_config("ablation").methods[:3]
+  data = compare("ablation", tmp_path, methods=methods)
+  result = comparison.compare(data)
   ratios = result.groupby("method")["ratio"].agg(comparison.geometric_mean)
   assert ratios["s_init=1e-6"] > 1.05
   assert ratios["one scale"] > 1.0
-  assert (ratios > 0.97).all()
 
 
 def make_rows():

@@ -265,6 +265,10 @@ def check_pip(words):
       assert {*found[1].split(",")} <= extras.keys(), word
 
 
+# Commands that take folders alone, and how many.
+FOLDERS = {"train.inspect": 1, "train.plot": 1, "train.export": 2}
+
+
 def check_job(module, arguments):
   main = importlib.import_module(module).main
   arguments = fill(arguments)
@@ -277,8 +281,8 @@ def check_job(module, arguments):
   elif module == "train.compile":
     _, own = flags.read(arguments, ["topology"])
     assert compile_lib._FORMAT.fullmatch(own["topology"])
-  elif module in ("train.inspect", "train.export"):
-    assert len(arguments) == (1 if module == "train.inspect" else 2)
+  elif module in FOLDERS:
+    assert len(arguments) == FOLDERS[module]
   else:
     assert (module, arguments) == ("train.benchmark", [])
 
@@ -345,7 +349,7 @@ def test_commands_run_one_after_the_other(page, folder, capfd):
   newest = None
   for number, (module, arguments) in enumerate(runs(page)):
     main = importlib.import_module(module).main
-    if module not in ("train.inspect", "train.export"):
+    if module not in FOLDERS:
       # DIR stands for a folder of each run's own.
       mine = [w.replace("=DIR", f"=DIR{number}") for w in arguments]
       if mine != arguments and module == "train.main":

@@ -1,0 +1,80 @@
+"""`python -m train.plot`: what a run wrote, drawn."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from train import plot
+
+
+def write(folder, rows, rest=""):
+  folder.mkdir()
+  lines = [json.dumps(row) + "\n" for row in rows]
+  (folder / "metrics.jsonl").write_text("".join(lines) + rest)
+  return folder
+
+
+def test_each_metric_of_each_run_is_drawn(tmp_path, capsys):
+  one = write(
+    tmp_path / "one",
+    [
+      {
+        "step": step,
+        "train/loss": 1 / step,
+        "mechanic/scale": 0.1,
+        "mechanic/scale_min": 0.01,
+        "mechanic/scale_max": 0.3,
+        "steps_per_second": 9.0,
+      }
+      for step in (10, 20)
+    ],
+  )
+  other = write(tmp_path / "other", [{"step": 10, "eval/loss": 2.0}])
+  assert plot.main([str(one), str(other)]) == 0
+  files = [one / f"metrics.{kind}" for kind in ("png", "svg")]
+  assert capsys.readouterr().out.split() == [str(file) for file in files]
+  assert image.imread(files[0]).std() > 0.01
+  drawn = files[1].read_text()
+  for text in (
+    "train/loss",
+    "eval/loss",
+    "mechanic/scale",
+    str(one),
+    str(other),
+  ):
+    assert f"<!-- {text} -->" in drawn
+  assert "steps_per_second" not in drawn
+  assert "scale_min" not in drawn
+  assert "FillBetweenPolyCollection" in drawn
+
+
+def test_what_is_not_finite_or_not_whole_is_left_out(tmp_path):
+  rows = [{"step": 10, "a": 1.0}, {"step": 20, "a": None, "b": 3.0}]
+  folder = write(tmp_path / "run", rows, rest='{"step": 30, "a"')
+  curves = plot.read(folder)
+  np.testing.assert_array_equal(curves["a"], [[10], [1.0]])
+  np.testing.assert_array_equal(curves["b"], [[20], [3.0]])
+
+
+def test_a_resumed_run_is_one_curve(tmp_path):
+  rows = [
+    {"step": step, "a": value} for step, value in ((1, 1), (2, 9), (2, 3))
+  ]
+  curves = plot.read(write(tmp_path / "run", rows))
+  np.testing.assert_array_equal(curves["a"], [[1, 2], [1, 3]])
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [(None, "holds no metrics.jsonl; type a run's"), ([], "is empty; wait")],
+)
+def test_errors(tmp_path, capsys, rows, message):
+  folder = tmp_path / "run"
+  if rows is not None:
+    write(folder, rows)
+  assert plot.main([str(folder)]) == 2
+  assert message in capsys.readouterr().err
+  assert plot.main([]) == 2
+  assert "type python -m train.plot DIR" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+r"""Draws what runs have measured and learned, over their steps.
+
+  python -m train.plot DIR [DIR ...]
+
+DIR  the --workdir of a run, which may be running
+
+writes DIR/metrics.png and DIR/metrics.svg, of the first DIR: a panel for each
+metric of metrics.jsonl, a line for each run, and where a metric has a smallest
+and a largest value, such as mechanic/scale over layers, the band between.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_mechanic.errors import UsageError
+from train.command import run_command
+
+_COLUMNS = 3
+# What is drawn of a band, and what is no result.
+_LEFT_OUT = ("_min", "_max", "steps_per_second")
+
+# Of a run: metric -> its steps and values.
+Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Draws, and returns the exit status: 2 for bad input."""
+  return run_command(__doc__, _report, argv)
+
+
+def _report(arguments: Sequence[str]) -> Iterator[str]:
+  if not arguments:
+    raise UsageError("type python -m train.plot DIR")
+  folders = [Path(each).expanduser() for each in arguments]
+  runs = {str(folder): read(folder) for folder in folders}
+  try:
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise UsageError(
+      "train.plot needs matplotlib, which is not installed; type"
+      ' pip install "flax_mechanic[train]"'
+    ) from error
+  names = sorted(
+    name for name in set().union(*runs.values()) if not name.endswith(_LEFT_OUT)
+  )
+  rows = math.ceil(len(names) / _COLUMNS)
+  figure = Figure((4 * _COLUMNS, 2.6 * rows + 0.6), layout="constrained")
+  grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+  for axes, name in zip(grid, names, strict=False):
+    for run, curves in runs.items():
+      _draw(axes, name, curves, run)
+    axes.set_title(name, fontsize="medium")
+  for axes in grid[len(names) :]:
+    axes.set_visible(False)
+  figure.supxlabel("step")
+  figure.legend(
+    *grid[0].get_legend_handles_labels(), loc="outside upper center"
+  )
+  for kind in ("png", "svg"):
+    file = folders[0] / f"metrics.{kind}"
+    figure.savefig(file)
+    yield str(file)
+
+
+def read(folder: Path) -> Curves:
+  """Returns the curves of a run; what was not finite is left out.
+
+  Args:
+    folder: its --workdir.
+
+  Raises:
+    UsageError: it holds no metrics.
+  """
+  file = folder / "metrics.jsonl"
+  if not file.exists():
+    raise UsageError(f"{folder} holds no metrics.jsonl; type a run's --workdir")
+  curves: dict[str, dict[int, float]] = {}
+  # A line without its end is still being written.
+  for line in file.read_text().splitlines(keepends=True):
+    row = json.loads(line) if line.endswith("\n") else {}
+    for name, value in row.items():
+      if name != "step" and value is not None:
+        curves.setdefault(name, {})[row["step"]] = value
+  if not curves:
+    raise UsageError(f"{file} is empty; wait for the run's first steps")
+  return {
+    name: (np.asarray(list(points)), np.asarray(list(points.values())))
+    for name, points in curves.items()
+  }
+
+
+def _draw(axes: Any, name: str, curves: Curves, label: str) -> None:
+  """Draws a metric of a run, and the band around it if there is one."""
+  # A run without the metric has its name in the legend all the same.
+  steps, values = curves.get(name, ([], []))
+  (line,) = axes.plot(steps, values, label=label)
+  if f"{name}_min" in curves:
+    (steps, low), (_, high) = (curves[name + end] for end in ("_min", "_max"))
+    axes.fill_between(
+      steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0
+    )
+  if np.size(values) and np.min(values) > 0 and "accuracy" not in name:
+    axes.set_yscale("log")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

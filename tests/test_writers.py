@@ -114,6 +114,8 @@ def test_tensorboard_kinds(tmp_path):
   content = start.metadata.plugin_data.content
   for part in (b"lr", b"on", b"sizes", b"(1, 2)"):
     assert part in content
+  # It would be all that TensorBoard knows of metrics, and there are none yet.
+  assert "_hparams_/experiment" not in values
 
 
 def test_tensorboard_images(tmp_path):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import writers
+from configs import text
+from train import loop, writers
 
 
 def _lines(path):
@@ -114,6 +115,24 @@ def test_tensorboard_kinds(tmp_path):
   content = start.metadata.plugin_data.content
   for part in (b"lr", b"on", b"sizes", b"(1, 2)"):
     assert part in content
+  # It would be all that TensorBoard knows of metrics, and there are none yet.
+  assert "_hparams_/experiment" not in values
+
+
+def test_tensorboard_shows_a_job(tmp_path):
+  pytest.importorskip("tensorboardX")
+  config = text.get_config("tiny")
+  config.update(optimizer="sam", num_steps=6, sample_length=40)
+  loop.train(config, tmp_path)
+  values = _values(tmp_path)
+  (report,) = values["report/text_summary"][1].tensor.string_val
+  assert all(line.startswith(b"    ") for line in report.splitlines())
+  start = values["_hparams_/session_start_info"][1]
+  content = start.metadata.plugin_data.content
+  # sam's base is sgd; the other methods' options say nothing of this run.
+  for name in (b"optimizer", b"opt.sam.rho", b"opt.sgd.momentum"):
+    assert name in content
+  assert b"opt.lion" not in content
 
 
 def test_tensorboard_images(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +15,7 @@ from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
 import flax_mechanic
+from flax_mechanic import stack
 from flax_mechanic.errors import UsageError
 from train import processes, writers
 from train.job import Job, make_job
@@ -76,9 +79,7 @@ def train(
     if jax.process_index() == 0:
       (workdir / "config.json").write_text(saved_config + "\n")
       (workdir / "parameters.txt").write_text(table)
-    writer.write_hparams(
-      traverse_util.flatten_dict(json.loads(saved_config), sep=".")
-    )
+    writer.write_hparams(_hparams(config))
     with (
       processes.Stop() as stop,
       Progress(config.num_steps, start, processes.terminal()) as progress,
@@ -118,7 +119,9 @@ def train(
       evaluation = evaluation or _evaluate(job, state)
       report = job.report(state)
       if report:
-        writer.write_texts(config.num_steps, {"report": report})
+        # A code block: writers take Markdown.
+        code = textwrap.indent(report, " " * 4, lambda line: True)
+        writer.write_texts(config.num_steps, {"report": code})
         progress.print(report)
       progress.print(_summary(max(start, config.num_steps), evaluation))
   writer.close()
@@ -141,6 +144,14 @@ def _start(
     for field, (old, new) in restored.changed.items()
   ]
   return restored.step, restored.state, notes
+
+
+def _hparams(config: ConfigDict) -> dict[str, Any]:
+  """Returns the config, flat, without the options of methods not in use."""
+  hparams = json.loads(config.to_json_best_effort())
+  used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
+  hparams["opt"] = {name: hparams["opt"][name] for name in used}
+  return traverse_util.flatten_dict(hparams, sep=".")
 
 
 def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:

@@ -115,7 +115,8 @@ class TensorBoardWriter(MetricWriter):
   """TensorBoard's event files, by tensorboardX.
 
   Images need Pillow beside it, audio soundfile. Videos, which tensorboardX
-  turns into GIFs with moviepy, and write_summaries are left out.
+  turns into GIFs with moviepy, and write_summaries are left out. Of a resumed
+  run, TensorBoard 2.21 goes on showing the first hyperparameters.
   """
 
   def __init__(self, logdir: str | os.PathLike, resume_step: int | None = None):
@@ -178,8 +179,9 @@ class TensorBoardWriter(MetricWriter):
       name: value if isinstance(value, kinds) else str(value)
       for name, value in hparams.items()
     }
-    experiment, start, _ = hparams_summary(known, {})
-    self._writer.file_writer.add_summary(experiment)
+    # An experiment's summary would list the metrics, not known yet. Without one
+    # TensorBoard takes every scalar, and puts first what differs between runs.
+    _, start, _ = hparams_summary(known, {})
     self._writer.file_writer.add_summary(start)
 
   def flush(self) -> None:

@@ -35,9 +35,7 @@ each_notebook = pytest.mark.parametrize("name", STEPS)
 each_notebook_in_time = pytest.mark.parametrize(
   "name",
   [
-    pytest.param(
-      name, marks=pytest.mark.slow if name == "reading_mechanic" else ()
-    )
+    pytest.param(name, marks=() if name == "quickstart" else pytest.mark.slow)
     for name in STEPS
   ],
 )

@@ -114,7 +114,14 @@ def test_a_function_names_groups():
   jax.tree.map(np.testing.assert_array_equal, by_function, run("^hidden"))
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+  "base",
+  [
+    "adamw",
+    pytest.param("sgd", marks=pytest.mark.slow),
+    pytest.param("lion", marks=pytest.mark.slow),
+  ],
+)
 def test_the_base_s_learning_rate_does_not_matter(base):
   losses = {}
   for rate in (1e-6, 1e-4, 1e-2, 1.0, 1e2):

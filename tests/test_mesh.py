@@ -219,7 +219,9 @@ def test_nothing_is_whole_on_one_device_when_it_is_made():
   assert memory.temp_size_in_bytes < max(sizes)
 
 
-@pytest.mark.parametrize("field", ["scan_layers", "remat"])
+@pytest.mark.parametrize(
+  "field", ["scan_layers", pytest.param("remat", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   "dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2]
 )

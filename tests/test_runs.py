@@ -96,7 +96,9 @@ def test_evaluations_and_calls_change_no_run():
     assert one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize(
+  "at_once", [1, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_few_at_once_are_the_same_runs(at_once):
   config = make_config("mechanic")
   *_, want = make_runs(config).train(RUNS, 10, 10, call_every=10)

@@ -27,8 +27,6 @@ from tests.compilations import compilations
 FOLDER = pathlib.Path(__file__).parent / "recipes"
 JOBS = sorted(each.stem for each in FOLDER.glob("*.diff"))
 ON_A_MESH = ["bare_optax", "linen_partitioned", "nnx_explicit"]
-# Its factors, of one axis, take over the annotations of kernels, of two, and
-# optax's own fails so too (optax 0.2.8, flax 0.12).
 ADAFACTOR = ("linen_partitioned", "nnx_explicit")
 # What a gradient is enough for, of real parameters.
 OPTIMIZERS = [
@@ -40,7 +38,13 @@ OPTIMIZERS = [
 
 def marks(name, optimizer):
   if optimizer == "adafactor" and name in ADAFACTOR:
-    return pytest.mark.slow, pytest.mark.xfail(strict=True, raises=ValueError)
+    reason = (
+      "its factors, of one axis, take over the annotations of kernels, of two,"
+      " and optax's own fails so too (optax 0.2.8, flax 0.12)"
+    )
+    return pytest.mark.slow, pytest.mark.xfail(
+      strict=True, raises=ValueError, reason=reason
+    )
   return () if optimizer == "mechanic" else pytest.mark.slow
 
 

@@ -65,7 +65,7 @@ def run(*command, **options):
 def tracked():
   """Returns the files that git knows, or skips."""
   if not (ROOT / ".git").exists():
-    pytest.skip("not a checkout")
+    pytest.skip("not a checkout: what is released is what git tracks")
   names = run("git", "ls-files", "-z", "--cached", cwd=ROOT).split("\0")
   return sorted(name for name in names if (ROOT / name).is_file())
 

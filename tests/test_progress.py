@@ -55,6 +55,20 @@ def test_line_in_full(clock):
   assert lines[-1] == "step 1000/1000  100%  2 steps/s  ETA 0:00  loss 0.001"
 
 
+def test_uneven_steps_foretell_nothing(clock):
+  file = io.StringIO()
+  with progress.Progress(100, file=file, even=False) as shown:
+    for step in (1, 10, 90, 100):
+      clock[0] += 1
+      shown.update(step, {})
+  assert file.getvalue().splitlines() == [
+    "step 1/100  1%",
+    "step 10/100  10%",
+    "step 90/100  90%",
+    "step 100/100  100%",
+  ]
+
+
 def test_last_known_metrics(clock):
   file = io.StringIO()
   with progress.Progress(2, file=file) as shown:

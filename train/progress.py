@@ -35,7 +35,12 @@ class Progress:
   """
 
   def __init__(
-    self, num_steps: int, start: int = 0, file: TextIO | None = None
+    self,
+    num_steps: int,
+    start: int = 0,
+    file: TextIO | None = None,
+    *,
+    even: bool = True,
   ):
     """Prepares to show steps `start` to `num_steps`.
 
@@ -43,10 +48,13 @@ class Progress:
       num_steps: the last step.
       start: the step that a resumed run starts from.
       file: where to; standard output if None.
+      even: whether all steps take about the same time; where they do not,
+        neither a speed nor the time left is shown.
     """
     self._num_steps = num_steps
     self._start = start
     self._file = file or sys.stdout
+    self._even = even
     self._metrics: dict[str, float] = {}
     self._lines = 0  # the tenths of the run that have had their line
     self._drawn = 0.0
@@ -129,8 +137,8 @@ class Progress:
     return "  ".join(parts)
 
   def _steps_per_second(self) -> float:
-    """Returns the speed of late, or 0 while it is not known."""
-    if len(self._recent) < 2:
+    """Returns the speed of late, or 0 where it is not known."""
+    if not self._even or len(self._recent) < 2:
       return 0.0
     (began, first), (ended, last) = self._recent[0], self._recent[-1]
     return (last - first) / (ended - began) if ended > began else 0.0

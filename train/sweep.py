@@ -112,7 +112,7 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
   at_a_time = os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1
   total = sum(len(unit.runs()) * sum(lengths) for unit, lengths in missing)
   with (
-    Progress(total) as progress,
+    Progress(total, even=False) as progress,
     concurrent.futures.ThreadPoolExecutor(at_a_time) as pool,
   ):
     progress.print(f"{len(missing)} programs, {total} steps over all runs")

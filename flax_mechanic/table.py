@@ -121,7 +121,9 @@ register(
 )
 register(
   "adafactor",
-  optax.adafactor,
+  lambda learning_rate, **options: transforms.box_what_fits(
+    optax.adafactor(learning_rate, **options)
+  ),
   options=default_options(
     optax.adafactor, momentum=float, weight_decay_rate=float
   ),

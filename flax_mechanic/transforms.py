@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
+from flax.core import meta
 
 from flax_mechanic.errors import UsageError
-from flax_mechanic.sharding import parameter_path
+from flax_mechanic.sharding import parameter_of, parameter_path
 
 
 def accepted(
@@ -87,6 +89,47 @@ def hand_on(
     return tx.update(updates, state, params, **accepted(tx, extra_args))
 
   return optax.GradientTransformationExtraArgs(wrap(base).init, update)
+
+
+def box_what_fits(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Takes leaves of the state that have a shape of their own out of boxes.
+
+  Adafactor's factors, of one axis each, would stay in the boxes (Linen's
+  `Partitioned`, NNX's variables) of kernels of two axes, and no array can be
+  placed as they then say (optax 0.2.8, flax 0.12).
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    state = tx.init(params)
+    parameters = {
+      parameter_path(path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    fits = lambda path, shape: parameter_of(path, shape, parameters) is not None
+    return jax.tree_util.tree_map_with_path(
+      lambda path, box: box if fits(path, _unbox(box).shape) else _unbox(box),
+      state,
+      is_leaf=_is_box,
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    bare = lambda tree: jax.tree.map(_unbox, tree, is_leaf=_is_box)
+    like = jax.tree.structure((updates, state))
+    new = tx.update(bare(updates), bare(state), bare(params), **extra_args)
+    return jax.tree.unflatten(like, jax.tree.leaves(new))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_box(node: Any) -> bool:
+  return isinstance(node, meta.AxisMetadata | nnx.Variable)
+
+
+def _unbox(node: Any) -> Any:
+  return jax.tree.leaves(node)[0] if _is_box(node) else node
 
 
 def skip_zeros(

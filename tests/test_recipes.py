@@ -27,25 +27,12 @@ from tests.compilations import compilations
 FOLDER = pathlib.Path(__file__).parent / "recipes"
 JOBS = sorted(each.stem for each in FOLDER.glob("*.diff"))
 ON_A_MESH = ["bare_optax", "linen_partitioned", "nnx_explicit"]
-ADAFACTOR = ("linen_partitioned", "nnx_explicit")
 # What a gradient is enough for, of real parameters.
 OPTIMIZERS = [
   name
   for name, row in flax_mechanic.methods().items()
   if not row.needs and name != "split_real_and_imaginary"
 ]
-
-
-def marks(name, optimizer):
-  if optimizer == "adafactor" and name in ADAFACTOR:
-    reason = (
-      "its factors, of one axis, take over the annotations of kernels, of two,"
-      " and optax's own fails so too (optax 0.2.8, flax 0.12)"
-    )
-    return pytest.mark.slow, pytest.mark.xfail(
-      strict=True, raises=ValueError, reason=reason
-    )
-  return () if optimizer == "mechanic" else pytest.mark.slow
 
 
 class Run(NamedTuple):
@@ -191,7 +178,11 @@ def test_until_the_flag_is_flipped_nothing_changes(name, tmp_path):
 @pytest.mark.parametrize(
   ("name", "optimizer"),
   [
-    pytest.param(name, optimizer, marks=marks(name, optimizer))
+    pytest.param(
+      name,
+      optimizer,
+      marks=() if optimizer == "mechanic" else pytest.mark.slow,
+    )
     for name in JOBS
     for optimizer in OPTIMIZERS
   ],

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from optax import contrib
 
 from flax_mechanic import UsageError, transforms
@@ -118,6 +120,39 @@ def test_hand_on_under_a_wrapper_that_takes_nothing():
   tx.update(x, tx.init(x), x, value=5.0, grad_fn=None)
   tx.update(x, tx.init(x), x)
   assert seen == [5.0, None]
+
+
+KINDS = (nn.Partitioned, nnx.Param)
+BOXES = {
+  "linen": lambda kernel: nn.Partitioned(kernel, ("data", "model")),
+  "nnx": nnx.Param,
+}
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_a_box_holds_what_its_annotation_fits(box):
+  optax_s = optax.adafactor(0.1, momentum=0.9, min_dim_size_to_factor=4)
+  tx = transforms.box_what_fits(optax_s)
+  bare = {"kernel": jnp.arange(24.0).reshape(4, 6), "bias": jnp.ones(6)}
+  boxed = bare | {"kernel": box(bare["kernel"])}
+  state, expected_state = tx.init(boxed), optax_s.init(bare)
+  kernels = [
+    jax.tree.leaves(leaf)[0].shape
+    for leaf in jax.tree.leaves(state, is_leaf=lambda x: type(x) in KINDS)
+    if type(leaf) in KINDS
+  ]
+  assert kernels == [(4, 6)]  # Of the momentum.
+  for _ in range(2):
+    kind = jax.tree.structure((boxed, state))
+    updates, state = tx.update(boxed, state, boxed)
+    assert jax.tree.structure((updates, state)) == kind
+    expected, expected_state = optax_s.update(bare, expected_state, bare)
+    for ours, theirs in zip(
+      jax.tree.leaves((updates, state)),
+      jax.tree.leaves((expected, expected_state)),
+      strict=True,
+    ):
+      np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,12 @@ def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
       f"{field}={row.name!r} makes a gradient of its own, so it must be "
       f"outermost; type {fix}"
     )
+  if "value" in row.needs and "per_example" in above[0].needs:
+    raise UsageError(
+      f"{field}={row.name!r} reads the loss, which has no noise, so under "
+      f"{above[0].name} the run would not be private; name another base, such "
+      "as 'adamw'"
+    )
   for upper in above:
     if row.name in upper.refuses:
       raise UsageError(

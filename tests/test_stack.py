@@ -243,6 +243,16 @@ def test_schedule_free_refuses(base):
     build("schedule_free", **under("schedule_free", base=base))
 
 
+@pytest.mark.parametrize("base", ["momo", "momo_adam"])
+@pytest.mark.parametrize("between", [None, "split_real_and_imaginary"])
+def test_a_private_run_reads_no_loss(base, between):
+  options = under(AGGREGATE, base=between or base)
+  if between:
+    options |= under(between, base=base)
+  with pytest.raises(UsageError, match="would not be private"):
+    build(AGGREGATE, **options)
+
+
 def test_accumulation_hands_on_the_mean_loss(x64):
   tx = build("momo", accumulate_steps=3, **under("momo", learning_rate=1.0))
   together = contrib.momo()

@@ -26,6 +26,7 @@ The rooms, the lowest floor first; each imports from lower ones only:
 """
 
 from flax_mechanic import table as _table  # noqa: F401  fills the registry
+from flax_mechanic.adoption import Adopted as Adopted
 from flax_mechanic.adoption import adopt as adopt
 from flax_mechanic.adoption import load_params as load_params
 from flax_mechanic.checkpoint import Checkpointer as Checkpointer
@@ -38,6 +39,7 @@ from flax_mechanic.mechanic import MechanicState as MechanicState
 from flax_mechanic.mechanic import mechanize as mechanize
 from flax_mechanic.metrics import scalars as scalars
 from flax_mechanic.optimizer import Optimizer as Optimizer
+from flax_mechanic.registry import Method as Method
 from flax_mechanic.registry import describe as describe
 from flax_mechanic.registry import methods as methods
 from flax_mechanic.registry import register as register
@@ -47,8 +49,10 @@ from flax_mechanic.sharding import state_sharding as state_sharding
 from flax_mechanic.train_state import TrainState as TrainState
 
 __all__ = [
+  "Adopted",
   "Checkpointer",
   "MechanicState",
+  "Method",
   "Optimizer",
   "Restored",
   "Shardings",

@@ -16,7 +16,7 @@ Scalars = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-  """A row of the table.
+  """A row of the table of optimizers, as `register` returns it.
 
   Attributes:
     name: what `config.optimizer` says.
@@ -42,6 +42,11 @@ class Method:
     summary: one line on what it is.
     advice: one line on when to take it, and with what.
     paper: where it comes from.
+
+  Example:
+    >>> prodigy = methods()["prodigy"]
+    >>> prodigy.tuned, prodigy.schedule, prodigy.wraps
+    (False, 'warmup_cosine', False)
   """
 
   name: str

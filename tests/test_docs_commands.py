@@ -1,0 +1,222 @@
+"""The commands that README.md and docs/ show run."""
+
+import importlib
+import importlib.util
+import re
+import shlex
+import tomllib
+
+import pages
+import pytest
+from ml_collections import ConfigDict
+
+from train import compile as compile_lib
+from train import flags
+
+# Executed by the test of the same kind of name, or by `.ci/run`.
+ELSEWHERE = [
+  ["python", "-m", "build"],
+  ["python", "-m", "venv"],
+  ["python", "docs/reference.py"],
+  ["."],
+  ["cd"],
+]
+# What a command is given to be short; a field that its config lacks is not.
+SHORT = {
+  "num_steps": "3",
+  "batch_size": "8",
+  "schedule.warmup_steps": "1",
+  "eval_every": "3",
+  "data.path": "docs",
+  "data.eval_windows": "8",
+  "sample_length": "8",
+}
+SMALL = {
+  "model.widths": "(8,)",
+  "model.num_layers": "1",
+  "model.num_heads": "2",
+  "model.embed_dim": "32",
+  "model.mlp_dim": "64",
+  "model.context_length": "32",
+}
+SHORT_SWEEP = {
+  "jobs": "('configs/tabular.py:diabetes',)",
+  "interpolating": "()",
+  "methods": "('adamw','mechanic')",
+  "num_steps": "(4,)",
+  "learning_rates.adamw": "(0.001,)",
+  "factors": "(1.0,)",
+  "seeds": "1",
+  "evaluations": "2",
+}
+# A value in the place of what the reader fills in.
+FILLED = {"HOST:PORT": "localhost:1234", "N": "2", "I": "0"}
+
+
+def commands(text):
+  """Yields the commands of a shell's text as lists of words."""
+  for line in text.replace("\\\n", "").splitlines():
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&;|")
+    lexer.whitespace_split = True
+    words = []
+    for word in [*lexer, "&&"]:
+      if word not in ("&&", ";", "|"):
+        words.append(word)
+        continue
+      if words:
+        yield words
+      words = []
+
+
+def shown(page):
+  """Returns the commands that a page shows, in blocks and in its text."""
+  found = [
+    words for _, text in pages.blocks(page, "sh") for words in commands(text)
+  ]
+  for span in pages.code_spans(page):
+    if re.match(r"(python|pip|pytest) ", span):
+      found += commands(span)
+  return found
+
+
+def fill(words):
+  """Returns words with values in the places of HOST:PORT, N and I."""
+  split = [word.partition("=") for word in words]
+  return [name + eq + FILLED.get(value, value) for name, eq, value in split]
+
+
+def check(words):
+  """Checks a command as far as it can be without running it."""
+  if words[0] == "gcloud":
+    (inner,) = [w for w in words if w.startswith("--command=")]
+    for command in commands(inner.removeprefix("--command=")):
+      check(command)
+  elif words[0] == "srun":
+    check(words[words.index("python") :])
+  elif words[:2] == ["pip", "install"]:
+    check_pip(words[2:])
+  elif words[0] == "pytest":
+    for word in words[1:]:
+      assert not word.startswith("tests/") or (pages.ROOT / word).exists(), word
+  elif words[:2] == ["python", "-m"] and words[2].startswith("train."):
+    check_job(words[2], words[3:])
+  else:
+    starts = [words[: len(start)] for start in ELSEWHERE]
+    assert any(s == e for s, e in zip(starts, ELSEWHERE, strict=True)), words
+
+
+def check_pip(words):
+  extras = tomllib.loads(pages.read("pyproject.toml"))["project"][
+    "optional-dependencies"
+  ]
+  while words:
+    word, *words = words
+    if word in ("-e", "-c"):
+      name, *words = words
+      path, _, inside = name.partition("[")
+      assert (pages.ROOT / path).exists(), name
+      word = f"{path}[{inside}" if inside else path
+    if found := re.fullmatch(r"(?:\.|flax_mechanic)\[(.*)\]", word):
+      assert {*found[1].split(",")} <= extras.keys(), word
+
+
+# Commands that take folders alone, and how many.
+FOLDERS = {"train.inspect": 1, "train.plot": 1, "train.export": 2}
+
+
+def check_job(module, arguments):
+  main = importlib.import_module(module).main
+  arguments = fill(arguments)
+  if "--help" in arguments or "--config.optimizer=help" in arguments:
+    assert main(arguments) == 0
+  elif module == "train.main":
+    flags.parse(arguments)
+  elif module == "train.sweep":
+    flags.read(arguments, ["config", "workdir"])
+  elif module == "train.compile":
+    _, own = flags.read(arguments, ["topology"])
+    assert compile_lib._FORMAT.fullmatch(own["topology"])
+  elif module in FOLDERS:
+    assert len(arguments) == FOLDERS[module]
+  else:
+    assert (module, arguments) == ("train.benchmark", [])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """The working directory of commands, with what they read of the checkout."""
+  monkeypatch.chdir(tmp_path)
+  for name in ("configs", "docs"):
+    (tmp_path / name).symlink_to(pages.ROOT / name)
+  return tmp_path
+
+
+@pytest.mark.parametrize("page", [p for p in pages.PAGES if shown(p)])
+def test_commands_are_such_that_the_jobs_take(page, folder):
+  for words in shown(page):
+    check(words)
+
+
+def shortened(module, arguments):
+  """Returns a job's arguments, for a run of a few steps of a small model."""
+  config = next(w for w in arguments if w.startswith("--config="))
+  present = flags.load_config(config.removeprefix("--config="))
+  fields = {
+    "train.main": SHORT | SMALL,
+    "train.compile": SMALL,
+    "train.sweep": SHORT_SWEEP,
+  }[module]
+  fields = {k: v for k, v in fields.items() if is_field(present, k)}
+  # A tuple would collect the values of a repeated flag.
+  kept = [
+    word
+    for word in arguments
+    if word.partition("=")[0].removeprefix("--config.") not in fields
+  ]
+  return kept + [f"--config.{k}={v}" for k, v in fields.items()]
+
+
+def is_field(config, path):
+  for name in path.split("."):
+    if not isinstance(config, ConfigDict) or name not in config:
+      return False
+    config = config[name]
+  return True
+
+
+def runs(page):
+  """Returns what a page has to run here: (module, arguments)."""
+  return [
+    (words[2], words[3:])
+    for words in shown(page)
+    if words[:2] == ["python", "-m"]
+    and words[2].startswith("train.")
+    and words[2] != "train.benchmark"  # Of tests/test_benchmark.py.
+    and not any(word.startswith("--coordinator") for word in words)
+    and not {"--help", "--config.optimizer=help"} & {*words}
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in pages.PAGES if runs(p)])
+def test_commands_run_one_after_the_other(page, folder, capfd):
+  train = importlib.import_module("train.main").main
+  newest = None
+  for number, (module, arguments) in enumerate(runs(page)):
+    main = importlib.import_module(module).main
+    if module not in FOLDERS:
+      # DIR stands for a folder of each run's own.
+      mine = [w.replace("=DIR", f"=DIR{number}") for w in arguments]
+      if mine != arguments and module == "train.main":
+        newest = f"DIR{number}"
+      arguments = shortened(module, mine)
+    elif arguments[0] == "DIR":
+      if newest is None:
+        newest = "trained"
+        job = ["--config=configs/digits.py", "--workdir=trained"]
+        assert train(shortened("train.main", job)) == 0
+      arguments = [newest, *arguments[1:]]
+    if module == "train.compile" and not importlib.util.find_spec("libtpu"):
+      arguments += ["--topology=cpu:8"]
+    status = main(arguments)
+    assert status == 0, (module, arguments, capfd.readouterr().err)

@@ -1,0 +1,208 @@
+"""What the tables of README.md and docs/ say is so."""
+
+import ast
+import inspect
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import network
+import numpy as np
+import optax
+import pages
+import pytest
+from ml_collections import ConfigDict
+from optax import contrib
+
+import flax_mechanic
+from train import flags
+
+
+def methods():
+  """Returns the registry, without what other tests have registered."""
+  rows = flax_mechanic.methods().items()
+  return {name: row for name, row in rows if row.paper}
+
+
+def tx_of(name, **options):
+  config = ConfigDict({"learning_rate": 1e-3})
+  flax_mechanic.add_optimizer_config(config, name)
+  for option, value in options.items():
+    config.opt[name][option] = value
+  return flax_mechanic.make_optimizer(config)
+
+
+def size(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def shapes(dtype):
+  return {
+    "kernel": jax.ShapeDtypeStruct((256, 256), dtype),
+    "bias": jax.ShapeDtypeStruct((256,), dtype),
+  }
+
+
+def test_the_table_of_needs_is_the_registry_s():
+  rows = pages.table(
+    "docs/choosing.md",
+    "| method | learning rate | needs | schedule | state |",
+  )
+  params = shapes("float32")
+  copies = lambda name: (
+    size(jax.eval_shape(tx_of(name).init, params)) / size(params)
+  )
+  assert {row[0].strip("`") for row in rows} == methods().keys()
+  for name, rate, needs, schedule, state in (
+    [cell.replace("`", "") for cell in row] for row in rows
+  ):
+    method = methods()[name]
+    base = method.wraps and copies(method.options["base"])
+    tuned = "its base's" if method.wraps else "tuned"
+    assert rate == (tuned if method.tuned else "learned")
+    assert needs == (", ".join(method.needs) or "-")
+    assert schedule == (method.schedule or "its base's")
+    if method.wraps:
+      more = state.removeprefix("its base's").removeprefix(" and ")
+      expected = base + float(more or 0)
+    else:
+      expected = float(state)
+    assert copies(name) == pytest.approx(expected, abs=0.02), name
+
+
+def refused(wrapper):
+  """Returns the bases that a wrapper refuses, and those that it warns of."""
+  refuses, warns = set(), set()
+  for name in methods():
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter("always")
+      try:
+        tx_of(wrapper, base=name)
+      except flax_mechanic.UsageError:
+        refuses.add(name)
+    if caught:
+      warns.add(name)
+  return refuses, warns
+
+
+def test_the_table_of_bases_is_what_is_refused():
+  rows = pages.table("docs/choosing.md", "| wrapper | refuses |")
+  learned = {name for name, row in methods().items() if not row.tuned}
+  outermost = {n for n, row in methods().items() if row.replaces_gradient}
+  said = {}
+  for cells in rows:
+    refuses, _, warns = cells[1].partition("; ")
+    names = {*re.findall(r"`(\w+)`", refuses)}
+    if "methods that learn their rate" in refuses:
+      names |= learned
+    said[cells[0].strip("`")] = names, {*re.findall(r"`(\w+)`", warns)}
+  for wrapper, row in methods().items():
+    if row.wraps:
+      names, warns = said.get(wrapper, (set(), set()))
+      always = {wrapper} if not row.replaces_gradient else set()
+      assert refused(wrapper) == (names | outermost | always, warns), wrapper
+
+
+def listed(page, start):
+  """Returns the names in inline code of the first sentence that starts so."""
+  text = " ".join(pages.prose(page).split())
+  sentence = text[text.index(start) + len(start) :]
+  return re.findall(r"`([\w.]+)`", re.split(r"[:;.] ", sentence)[0])
+
+
+def test_fields_that_methods_refuse_are_listed():
+  def refuse(field, value):
+    found = set()
+    for name, row in methods().items():
+      config = ConfigDict({"learning_rate": 1e-3})
+      flax_mechanic.add_optimizer_config(config, name)
+      config[field] = value
+      try:
+        flax_mechanic.make_optimizer(config)
+      except flax_mechanic.UsageError:
+        if not row.wraps:
+          found.add(name)
+    return found
+
+  page = "docs/choosing.md"
+  said = listed(page, "`config.no_decay` does not go with ")
+  assert {*said} == refuse("no_decay", ("bias",))
+  (said,) = listed(page, "and `config.accumulate_steps` do not go with ")
+  assert {said} == refuse("grad_clip", 1.0) == refuse("accumulate_steps", 2)
+
+
+def test_the_table_of_bytes_is_what_is_held():
+  rows = pages.table(
+    "docs/meshes.md", "| | float32 parameters | bfloat16 parameters |"
+  )
+  held = [
+    optax.adamw(1.0),
+    contrib.mechanize(optax.adamw(1.0)),
+    tx_of("mechanic"),
+    tx_of("mechanic", x0_dtype="bfloat16"),
+    tx_of("mechanic", store_delta=True),
+    tx_of("mechanic", base="lion"),
+  ]
+  for (label, *cells), tx in zip(rows, held, strict=True):
+    for cell, dtypes in zip(
+      cells, (["float32"], ["bfloat16", "float16"]), strict=True
+    ):
+      for dtype in dtypes:
+        params = shapes(dtype)
+        count = sum(x.size for x in params.values())
+        state = size(jax.eval_shape(tx.init, params))
+        assert state / count == pytest.approx(int(cell), abs=0.1), label
+
+
+def test_options_of_others_have_these_names_and_defaults():
+  def defaults(function):
+    return {
+      name: parameter.default
+      for name, parameter in inspect.signature(function).parameters.items()
+    }
+
+  page, ours = "docs/migrating.md", defaults(flax_mechanic.mechanize)
+  rows = pages.table(page, "| theirs | default | ours | default |")
+  theirs = defaults(contrib.mechanize)
+  assert [row[0].strip("`") for row in rows] == [*theirs]
+  assert [row[2].strip("`") for row in rows] == [*ours][: len(rows)]
+  for name, said, same, own in ([c.strip("`") for c in row] for row in rows):
+    for default, cell in ((theirs[name], said), (ours[same], own)):
+      assert (not cell and default is inspect.Parameter.empty) or (
+        float(cell) == default
+      )
+
+  package = pytest.importorskip("mechanic_pytorch")
+  theirs = defaults(package.mechanize)
+  rows = pages.table(page, "| theirs | default | ours | default | |")
+  named = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+  assert {*named} >= {*theirs}
+  for first, said, second, own, _ in rows:
+    name, same = first.strip("`"), re.findall(r"`(\w+)`", second)
+    if name in theirs and re.fullmatch(r"[\d.e-]+|False", said):
+      assert ast.literal_eval(said) == theirs[name]
+      assert ast.literal_eval(own) == (ours[same[0]] or False)
+  assert len(theirs["betas"]) == ours["num_betas"]
+  for i, beta in enumerate(theirs["betas"], 1):
+    assert beta == pytest.approx(1 - 0.1**i)
+
+
+def test_the_flags_of_the_old_sequence_compute_it(x64):
+  (span,) = (
+    each
+    for each in pages.code_spans("docs/migrating.md")
+    if "groups= --config" in each
+  )
+  config = flags.load_config(str(pages.ROOT / "configs/digits.py"))
+  pairs = [word.removeprefix("--").split("=") for word in span.split()]
+  flags.override(config, [("config.optimizer", "mechanic"), *pairs])
+  schedule = flax_mechanic.make_schedule("warmup_cosine", 30, 3)
+  ours = flax_mechanic.make_optimizer(config, schedule)
+  theirs = contrib.mechanize(optax.adamw(schedule))
+  x, state, _ = network.train(ours, 30, jnp.float64)
+  y, _, _ = network.train(theirs, 30, jnp.float64)
+  for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+    # The flag's schedule is computed in float32.
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+  assert float(flax_mechanic.scalars(state)["mechanic/scale"]) > 1e-5

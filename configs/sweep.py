@@ -19,7 +19,8 @@ from flax_mechanic.errors import UsageError, did_you_mean
 _MOMENTUM = "opt.sgd.momentum=0.9"
 _DROP_IN = (
   "optimizer=mechanic opt.mechanic.relative_s_init=0 opt.mechanic.groups="
-  " opt.mechanic.weight_decay=0.01 opt.mechanic.eps=1e-8"
+  " opt.mechanic.weight_decay=0.01 opt.mechanic.mean_decay=False"
+  " opt.mechanic.eps=1e-8"
 )
 _TUNED = ("adamw", f"sgd: optimizer=sgd {_MOMENTUM}", "lion")
 _MECHANIC = (
@@ -93,6 +94,7 @@ _VARIANTS = {
           ("rho=0.001", "relative_s_init=0.001"),
           ("rho=0.1", "relative_s_init=0.1"),
           ("decay=0.01", "weight_decay=0.01"),
+          ("mean_decay=False", "mean_decay=False"),
           ("tuned for 80", "tune_steps=80"),
         )
       ),

@@ -46,9 +46,11 @@ class MechanicState(NamedTuple):
       s, except with `delayed_scale`.
     s_init: the initial scale that `relative_s_init` asks for, scalar; 0 until
       the base has moved the parameters.
+    mean_norm: mean of the gradient's norm since it first was not 0, scalar; 0
+      without `mean_decay`.
 
-  With groups, a row of r, m, v and s and an entry of scale and s_init is that
-  of a group: [groups, num_betas] and [groups].
+  With groups, a row of r, m, v and s and an entry of scale, s_init and
+  mean_norm is that of a group: [groups, num_betas] and [groups].
   """
 
   base_optimizer_state: optax.OptState
@@ -63,6 +65,7 @@ class MechanicState(NamedTuple):
   grad_norm: jax.Array
   scale: jax.Array
   s_init: jax.Array
+  mean_norm: jax.Array
 
 
 class _Rule(NamedTuple):
@@ -127,6 +130,7 @@ def mechanize(
   delayed_scale: bool = False,
   relative_s_init: float | None = None,
   groups: str | Callable[[str], Hashable] = "",
+  mean_decay: bool = False,
   tune_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Learns the scale of `base_optimizer`'s updates, that is its learning rate.
@@ -198,6 +202,10 @@ def mechanize(
       with equal matches are a group, and so are all that do not match. "" is
       one group, ".*" one a leaf, r"blocks/\d+" one a block; or a function,
       path -> label.
+    mean_decay: whether the decay term is in proportion to the mean norm of all
+      gradients so far, in place of the present one's. Where gradients vanish,
+      as on data that is learned by heart, it then holds the scale, which would
+      grow for ever smaller gains in the loss.
     tune_steps: updates after which the scale stays as it is and the base goes
       on by itself; its inner products, but for the gradient's norm, are then
       computed no more. None is never.
@@ -314,6 +322,7 @@ def mechanize(
       grad_norm=jnp.zeros([], dtype),
       scale=jnp.sum(s, -1),
       s_init=jnp.zeros(shape, dtype),
+      mean_norm=jnp.zeros(shape, dtype),
     )
 
   def tune(
@@ -416,7 +425,12 @@ def mechanize(
       known = jnp.where(clear, jnp.minimum(unit, start), known)
       rising = s_init * jnp.minimum(10.0**state.count, _RISE)
       start = jnp.where(known > 0, known, rising)
-    h = gd + decay * jnp.sqrt(gg) / (jnp.sqrt(xx) + eps) * xd
+    norm, mean_norm = jnp.sqrt(gg), state.mean_norm
+    if mean_decay:
+      # From the first gradient that there is, as of a tuner that was adopted.
+      moved = mean_norm + (norm - mean_norm) / (state.count + 1)
+      mean_norm = norm = jnp.where(mean_norm > 0, moved, norm)
+    h = gd + decay * norm / (jnp.sqrt(xx) + eps) * xd
     tuned = tune(state, h, start)
 
     norm_g = jnp.sqrt(jnp.sum(gg))
@@ -495,6 +509,7 @@ def mechanize(
         ),
         scale=hold(new_scale, state.scale),
         s_init=keep(known, state.s_init),
+        mean_norm=keep(mean_norm, state.mean_norm),
       ),
     )
 

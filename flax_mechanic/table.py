@@ -44,6 +44,7 @@ register(
       # See "Two sets of defaults" in the README.
       relative_s_init=0.01,
       weight_decay=1e-4,
+      mean_decay=True,
       eps=1e-20,
       groups=".*",
     ),

@@ -27,6 +27,7 @@ DROP_IN = {
   "opt__mechanic__relative_s_init": 0.0,
   "opt__mechanic__groups": "",
   "opt__mechanic__weight_decay": 1e-2,
+  "opt__mechanic__mean_decay": False,
   "opt__mechanic__eps": 1e-8,
 }
 

@@ -31,7 +31,7 @@ def compile_train_state(tx, mesh):
   [
     {},
     {"x0_dtype": "bfloat16"},
-    {"groups": ".*", "relative_s_init": 0.01},
+    {"groups": ".*", "relative_s_init": 0.01, "mean_decay": True},
   ],
 )
 @pytest.mark.parametrize(

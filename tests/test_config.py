@@ -45,6 +45,7 @@ def test_every_option_is_the_method_s_own_default():
     "delayed_scale": False,
     "relative_s_init": 0.01,
     "groups": ".*",
+    "mean_decay": True,
     "tune_steps": None,
   }
   config.opt.adamw.mu_dtype = "bfloat16"

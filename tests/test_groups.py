@@ -24,10 +24,17 @@ GROUPS = {
   "^hidden": [0, 1, 1],
   "kernel|bias": [0, 1, 2],
 }
-FLAG = {"relative_s_init": 0.01, "weight_decay": 1e-4, "eps": 1e-20}
+FLAG = {
+  "relative_s_init": 0.01,
+  "weight_decay": 1e-4,
+  "mean_decay": True,
+  "eps": 1e-20,
+}
 
 
-def numpy_run(base, members, steps, rho, lam, eps, s_init=1e-6, n=6):
+def numpy_run(
+  base, members, steps, rho, mean_decay, lam, eps, s_init=1e-6, n=6
+):
   """Algorithm 1 as optax has it, once a group, in float64.
 
   Returns the leaves, and each group's S.
@@ -43,6 +50,7 @@ def numpy_run(base, members, steps, rho, lam, eps, s_init=1e-6, n=6):
   m, v, r = np.zeros((3, count, n))
   s = np.full((count, n), s_init)
   start = np.full(count, np.inf if rho else s_init)
+  norms = [[] for _ in range(count)]
   for t in range(steps):
     gradient = grad(treedef.unflatten(x), *network.batch(t, jnp.float64))
     update, base_state = base_update(gradient, base_state, treedef.unflatten(x))
@@ -65,7 +73,9 @@ def numpy_run(base, members, steps, rho, lam, eps, s_init=1e-6, n=6):
         candidate = rho * (1 + size(X)) * np.sqrt(young) / size(D)
         start[i] = min(start[i], candidate)
       first = start[i] if np.isfinite(start[i]) else s_init * min(10.0**t, 1e4)
-      h = D @ (G + decay * size(G) / (size(X) + eps) * X)
+      norms[i].append(size(G))
+      norm = np.mean(norms[i]) if mean_decay else size(G)
+      h = D @ (G + decay * norm / (size(X) + eps) * X)
       r[i] = beta * r[i] - np.clip(h, -m[i], m[i]) * s[i]
       m[i] = np.maximum(beta * m[i], abs(h) + eps)
       v[i] = beta**2 * v[i] + h * h
@@ -79,24 +89,35 @@ def numpy_run(base, members, steps, rho, lam, eps, s_init=1e-6, n=6):
   return x, s.sum(1)
 
 
-@pytest.mark.parametrize("store_delta", [False, True])
-@pytest.mark.parametrize("rho", [0.0, 0.01])
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("base", BASES)
-def test_equals_numpy(base, groups, rho, store_delta):
+@pytest.mark.parametrize(
+  ("base", "groups", "rho", "mean_decay", "store_delta"),
+  [
+    *(
+      (base, groups, *options, store_delta)
+      for base in BASES
+      for groups in GROUPS
+      for options in ((0.0, False), (0.01, True))
+      for store_delta in (False, True)
+    ),
+    ("adamw", "", 0.0, True, False),
+    ("adamw", ".*", 0.01, False, False),
+  ],
+)
+def test_equals_numpy(base, groups, rho, mean_decay, store_delta):
   options = {"weight_decay": 1e-3, "eps": 1e-12}
   with jax.enable_x64(True):
     tx = mechanize(
       BASES[base](),
       groups=groups,
       relative_s_init=rho,
+      mean_decay=mean_decay,
       store_delta=store_delta,
       spike_factor=0.0,
       **options,
     )
     x, state, _ = network.train(tx, 60, jnp.float64)
     leaves, S = numpy_run(
-      BASES[base](), GROUPS[groups], 60, rho, *options.values()
+      BASES[base](), GROUPS[groups], 60, rho, mean_decay, *options.values()
     )
   for ours, theirs in zip(jax.tree.leaves(x), leaves, strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
@@ -166,6 +187,24 @@ def test_the_scale_stays_above_the_initial_one():
   np.testing.assert_array_less(state.scale, state.s_init * 3)
 
 
+def test_the_mean_norm_holds_the_scale_where_gradients_vanish():
+  """As on data that a model separates: the loss falls without an end."""
+
+  def last_scale(mean_decay):
+    tx = mechanize(optax.adam(1.0), **FLAG | {"mean_decay": mean_decay})
+    x, signs = jnp.zeros(2), jnp.array([1.0, -1.0])
+    loss = lambda x: jnp.sum(jax.nn.softplus(-signs * x))
+
+    def step(carry, _):
+      x, state = carry
+      updates, state = tx.update(jax.grad(loss)(x), state, x)
+      return (optax.apply_updates(x, updates), state), state.scale
+
+    return jax.lax.scan(step, (x, tx.init(x)), length=500)[1][-1]
+
+  assert last_scale(True) < 0.3 * last_scale(False)
+
+
 def test_a_group_without_gradients_waits():
   tx = mechanize(optax.adam(1.0), groups=".*", **FLAG)
   x = {"used": jnp.ones(3), "unused": jnp.ones(3), "empty": jnp.ones((0, 2))}
@@ -192,6 +231,8 @@ def test_gradients_that_come_late_find_a_small_scale():
     moved.append(float(jnp.linalg.norm(updates["w"]) / 10))
   assert max(moved[:1000]) == 0.0
   assert 0.005 < max(moved[1000:1003]) < 0.1
+  # Of gradients that are there.
+  np.testing.assert_allclose(state.mean_norm, 10.0, rtol=1e-5)
 
 
 def test_scalars_tell_the_range():

@@ -14,7 +14,12 @@ BASES = {
   "adamw": lambda: optax.adamw(optax.linear_schedule(0.0, 1.0, 10)),
   "sgd": lambda: optax.sgd(1.0, momentum=0.9),
 }
-FLAG = {"relative_s_init": 0.01, "groups": ".*", "weight_decay": 1e-4}
+FLAG = {
+  "relative_s_init": 0.01,
+  "groups": ".*",
+  "weight_decay": 1e-4,
+  "mean_decay": True,
+}
 
 
 def run(tx, poisoned=(), params=None):

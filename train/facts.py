@@ -79,10 +79,12 @@ class Update:
 _FLAG = {
   option: default
   for option, default in flax_mechanic.methods()["mechanic"].options.items()
-  if option in ("weight_decay", "eps", "relative_s_init", "groups")
+  if option
+  in ("weight_decay", "mean_decay", "eps", "relative_s_init", "groups")
 }
 _DROP_IN: dict[str, Any] = {
   "weight_decay": 1e-2,
+  "mean_decay": False,
   "eps": 1e-8,
   "relative_s_init": 0.0,
   "groups": "",

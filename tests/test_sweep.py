@@ -67,7 +67,14 @@ def test_tables_and_figures(swept):
   workdir, printed = swept
   tables = (workdir / "tables.md").read_text()
   assert tables.strip() in printed
-  for text in ("| 10 steps", "| 20 steps", "digits:cnn", "| ours", " at 0.01"):
+  for text in (
+    "| 10 steps",
+    "| 20 steps",
+    "digits:cnn",
+    "| ours",
+    " at 0.01",
+    "| loss ratios after 10 / 20 steps",
+  ):
     assert text in tables
   for name in ("ratios", "profiles", "losses", "learning_rates", "learned"):
     assert image.imread(workdir / f"{name}.png").std() > 0.01
@@ -153,9 +160,16 @@ def compare(variant, folder, **fields):
   return comparison.frame(sweep.rows_of(units, folder / "runs.jsonl"))
 
 
+def held_out_ratios(data):
+  """Returns each method's, of the jobs that are learned by heart."""
+  seen = comparison.compare(comparison.held_out(data))
+  return seen.groupby("method")["ratio"].agg(comparison.geometric_mean)
+
+
 @pytest.mark.slow
 def test_mechanic_is_as_good_as_tuned(tmp_path):
-  result = comparison.compare(compare("quick", tmp_path))
+  data = compare("quick", tmp_path)
+  result = comparison.compare(data)
   assert not result["failed"].any()
   own = result[result["method"] == "mechanic"]
   assert comparison.geometric_mean(own["ratio"]) < 1.05
@@ -164,6 +178,7 @@ def test_mechanic_is_as_good_as_tuned(tmp_path):
   ratios = result.groupby("method")["ratio"].agg(comparison.geometric_mean)
   for base in ("sgd", "lion"):
     assert ratios[f"mechanic({base})"] < 1.05 * ratios[base]
+  assert held_out_ratios(data)["mechanic"] < 1.1
 
 
 @pytest.mark.slow
@@ -183,12 +198,15 @@ def test_no_base_learning_rate_diverges(tmp_path, dtype):
 
 @pytest.mark.slow
 def test_each_of_the_flags_options_helps(tmp_path):
-  methods = configs.sweep.get_config("ablation").methods[:3]
-  data = compare("ablation", tmp_path, methods=methods)
+  methods = configs.sweep.get_config("ablation").methods
+  labels = ("mechanic", "one scale", "s_init=1e-6", "mean_decay=False")
+  methods = [m for m in methods if m.partition(":")[0] in labels]
+  data = compare("ablation", tmp_path, methods=tuple(methods))
   result = comparison.compare(data)
   ratios = result.groupby("method")["ratio"].agg(comparison.geometric_mean)
   assert ratios["s_init=1e-6"] > 1.05
   assert ratios["one scale"] > 1.0
+  assert held_out_ratios(data)["mean_decay=False"] > 1.2
 
 
 def make_rows():
@@ -244,6 +262,12 @@ def test_comparison():
   assert result.loc[("b", "ours"), "ratio"] == pytest.approx(0.0205 / 0.01)
   assert result.loc[("b", "ours"), "points"] == pytest.approx(-2.5)
   assert set(result["failed"]) == {0}
+  # Held out, it is against what is tuned for that.
+  seen = comparison.compare(comparison.held_out(data))
+  seen = seen.set_index(["job", "method"])
+  assert list(seen.index) == [("b", "adamw"), ("b", "ours")]
+  assert seen.loc[("b", "adamw"), "learning_rate"] == 0.1
+  assert seen.loc[("b", "ours"), "ratio"] == pytest.approx(9.0005 / 1.0005)
 
 
 def test_usable_learning_rates():

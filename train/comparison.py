@@ -105,32 +105,54 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
   return result
 
 
+def held_out(data: pd.DataFrame) -> pd.DataFrame:
+  """Returns the rows of jobs that are learned by heart, to be seen held out.
+
+  Args:
+    data: from `frame`.
+
+  Returns:
+    The rows with "tuning" and "loss" as other jobs have them.
+  """
+  of = data[data["interpolates"]]
+  losses = {"tuning": of["validation/loss"], "loss": of["test/loss"]}
+  losses = {name: loss.fillna(np.inf) for name, loss in losses.items()}
+  return of.assign(**losses, floor=0.0)
+
+
 def tables(data: pd.DataFrame) -> str:
   """Returns all that there is to say in Markdown.
 
   Args:
     data: from `frame`.
   """
-  result = compare(data)
-  parts = [
-    _summary(result),
-    _ratios(result),
-    *(_by_job(result, n) for n in dict.fromkeys(result["num_steps"])),
-  ]
+  result, seen = compare(data), held_out(data)
+  by_heart = compare(seen) if len(seen) else None
+  parts = [_summary(result, by_heart), _ratios(result, "loss")]
+  if by_heart is not None:
+    parts.append(_ratios(by_heart, "held-out loss"))
+  parts += [_by_job(result, n) for n in dict.fromkeys(result["num_steps"])]
   if ranges := _ranges(data):
     parts.append(ranges)
   return "\n\n".join(parts)
 
 
-def _summary(result: pd.DataFrame) -> str:
-  """Returns how each method does over all jobs and lengths."""
+def _summary(result: pd.DataFrame, by_heart: pd.DataFrame | None) -> str:
+  """Returns how each method does over all jobs and lengths.
+
+  Args:
+    result: from `compare`.
+    by_heart: likewise, of jobs that are learned by heart, seen held out.
+  """
   first = result["method"].iloc[0]
   rows = []
   for method, own in result.groupby("method", sort=False):
     by = [
-      own[own["interpolates"] == by_heart]["ratio"]
-      for by_heart in (False, True)
+      own[own["interpolates"] == interpolates]["ratio"]
+      for interpolates in (False, True)
     ]
+    if by_heart is not None:
+      by.append(by_heart[by_heart["method"] == method]["ratio"])
     rows.append(
       [
         str(method),
@@ -147,6 +169,7 @@ def _summary(result: pd.DataFrame) -> str:
     "geometric mean",
     "held-out loss",
     "training loss",
+    *([] if by_heart is None else ["held-out loss there"]),
     "worst",
     "worst accuracy, points",
     "failed runs",
@@ -154,7 +177,7 @@ def _summary(result: pd.DataFrame) -> str:
   return format_table([head, *rows])
 
 
-def _ratios(result: pd.DataFrame) -> str:
+def _ratios(result: pd.DataFrame, loss: str) -> str:
   """Returns each method's losses over the first one's, length by length."""
   jobs = list(dict.fromkeys(result["job"]))
   rows = []
@@ -164,7 +187,7 @@ def _ratios(result: pd.DataFrame) -> str:
       [str(method), *(" / ".join(map(_number, each)) for each in of_job)]
     )
   lengths = dict.fromkeys(result["num_steps"])
-  head = f"loss ratios after {' / '.join(map(str, lengths))} steps"
+  head = f"{loss} ratios after {' / '.join(map(str, lengths))} steps"
   return format_table([[head, *jobs], *rows])
 
 

@@ -32,13 +32,6 @@ KEYS = {
 }
 
 each_notebook = pytest.mark.parametrize("name", STEPS)
-each_notebook_in_time = pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=() if name == "quickstart" else pytest.mark.slow)
-    for name in STEPS
-  ],
-)
 
 
 def load(name):
@@ -63,7 +56,8 @@ def test_every_notebook_is_here():
   assert {file.stem for file in (ROOT / "colab").iterdir()} == set(STEPS)
 
 
-@each_notebook_in_time
+@pytest.mark.slow
+@each_notebook
 def test_runs(name, tmp_path):
   nbclient = pytest.importorskip("nbclient", reason="pip install nbclient")
   pytest.importorskip("ipykernel", reason="pip install ipykernel")

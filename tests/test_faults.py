@@ -75,7 +75,10 @@ def outcome(folder):
     return "detected"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+  "seed",
+  [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 6))],
+)
 def test_flipped_bits_are_harmless_or_detected(saved, tmp_path, seed):
   rng = np.random.default_rng(seed)
   counts = {}

@@ -282,7 +282,9 @@ def test_what_is_out_of_range_is_said():
     mechanize(optax.sgd(1.0), groups="(")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16]
+)
 @pytest.mark.parametrize(
   "options",
   [

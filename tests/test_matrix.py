@@ -83,8 +83,18 @@ def dtypes(state):
   return [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
-@pytest.mark.parametrize("make_job", [nnx_job, linen_job])
-@pytest.mark.parametrize("name", optimizers.NAMES)
+@pytest.mark.parametrize(
+  ("name", "make_job"),
+  [
+    *((name, nnx_job) for name in optimizers.NAMES),
+    ("mechanic", linen_job),
+    *(
+      pytest.param(name, linen_job, marks=pytest.mark.slow)
+      for name in optimizers.NAMES
+      if name != "mechanic"
+    ),
+  ],
+)
 def test_trains_compiles_once_keeps_dtypes_and_resumes(
   tmp_path, name, make_job
 ):

@@ -157,7 +157,7 @@ def test_rows_of_a_batch_are_those_of_the_whole(job):
     pytest.param(
       job,
       sizes,
-      marks=() if job != "cnn" and sizes is MESHES[0] else pytest.mark.slow,
+      marks=() if job == "text" and sizes is MESHES[0] else pytest.mark.slow,
     )
     for job in JOBS
     for sizes in MESHES
@@ -173,8 +173,16 @@ def test_the_loss_of_one_device_on_every_mesh(job, sizes, axis_type):
 @pytest.mark.parametrize(
   "axis_type", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize(
+  ("shard", "offload"),
+  [
+    (True, True),
+    *(
+      pytest.param(*each, marks=pytest.mark.slow)
+      for each in ((False, False), (False, True), (True, False))
+    ),
+  ],
+)
 def test_where_the_optimizer_s_state_lies(shard, offload, axis_type):
   config = make_config(
     axis_type=axis_type,
@@ -219,12 +227,9 @@ def test_nothing_is_whole_on_one_device_when_it_is_made():
   assert memory.temp_size_in_bytes < max(sizes)
 
 
-@pytest.mark.parametrize(
-  "field", ["scan_layers", pytest.param("remat", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-  "dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["scan_layers", "remat"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_stacked_and_recomputed_layers(field, dropout):
   config = make_config(fsdp=2, tensor=2)
   config.model.update(num_layers=3, dropout=dropout)

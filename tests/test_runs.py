@@ -68,7 +68,11 @@ def test_tuned_runs_are_the_jobs(num_steps):
 
 @pytest.mark.parametrize(
   ("optimizer", "rate"),
-  [("mechanic", 1.0), ("schedule_free", 0.1), ("momo", 1.0)],
+  [
+    ("mechanic", 1.0),
+    pytest.param("schedule_free", 0.1, marks=pytest.mark.slow),
+    pytest.param("momo", 1.0, marks=pytest.mark.slow),
+  ],
 )
 def test_wrapped_and_learned_runs_are_the_jobs(optimizer, rate):
   config = make_config(optimizer)
@@ -96,9 +100,8 @@ def test_evaluations_and_calls_change_no_run():
     assert one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-  "at_once", [1, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 3])
 def test_few_at_once_are_the_same_runs(at_once):
   config = make_config("mechanic")
   *_, want = make_runs(config).train(RUNS, 10, 10, call_every=10)

@@ -113,7 +113,7 @@ def test_a_writer_with_clu_s_interface_can_be_passed_in(tmp_path):
 @pytest.mark.parametrize(
   ("get_config", "variant", "fields"),
   [
-    (digits.get_config, "", {}),
+    pytest.param(digits.get_config, "", {}, marks=pytest.mark.slow),
     (text.get_config, "tiny", {"model__dropout": 0.1}),
   ],
 )
@@ -242,6 +242,7 @@ def command(workdir, *arguments):
   ]
 
 
+@pytest.mark.slow
 def test_output_fits_on_a_screen(tmp_path):
   run = subprocess.run(
     command(tmp_path, "--config.num_steps=500"),

@@ -150,7 +150,9 @@ def test_rows_of_a_batch_are_those_of_the_whole(job):
       np.testing.assert_array_equal(array, whole[name][3:6])
 
 
-@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
+@pytest.mark.parametrize(
+  "axis_type", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   ("job", "sizes"),
   [

@@ -113,8 +113,13 @@ def test_a_writer_with_clu_s_interface_can_be_passed_in(tmp_path):
 @pytest.mark.parametrize(
   ("get_config", "variant", "fields"),
   [
-    pytest.param(digits.get_config, "", {}, marks=pytest.mark.slow),
-    (text.get_config, "tiny", {"model__dropout": 0.1}),
+    (digits.get_config, "", {}),
+    pytest.param(
+      text.get_config,
+      "tiny",
+      {"model__dropout": 0.1},
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_resumed_run_writes_the_same_numbers(

@@ -125,7 +125,9 @@ def box_what_fits(
 
 
 def _is_box(node: Any) -> bool:
-  return isinstance(node, meta.AxisMetadata | nnx.Variable)
+  """Whether it is a box with an array in it; `optax.masked` leaves others."""
+  boxes = meta.AxisMetadata | nnx.Variable
+  return isinstance(node, boxes) and bool(jax.tree.leaves(node))
 
 
 def _unbox(node: Any) -> Any:

@@ -155,6 +155,20 @@ def test_a_box_holds_what_its_annotation_fits(box):
       np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_a_box_whose_array_is_masked_stays(box):
+  params = {"kernel": box(jnp.ones((4, 6))), "bias": jnp.ones(6)}
+  tx = optax.masked(
+    transforms.box_what_fits(optax.adafactor(0.1)),
+    jax.tree.map(lambda leaf: leaf.ndim == 1, params),
+  )
+  state = tx.init(params)
+  updates, after = tx.update(params, state, params)
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  np.testing.assert_array_equal(jax.tree.leaves(updates["kernel"])[0], 1.0)
+  assert np.all(updates["bias"] < 0.0)
+
+
 @pytest.mark.parametrize(
   ("rate", "gradient", "runs"),
   [

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib import image
 
@@ -102,6 +103,21 @@ def test_nothing_is_done_twice(swept, tmp_path, capsys):
   assert (tmp_path / "tables.md").read_text() == (
     workdir / "tables.md"
   ).read_text()
+
+
+@pytest.mark.slow
+def test_few_runs_at_once_are_the_same_runs(swept, tmp_path):
+  workdir, _ = swept
+  less = ("--config.num_steps=(10,)", "--config.interpolating=()")
+  assert run(tmp_path, *less, "--config.runs_at_once=1") == 0
+  frames = []
+  for rows in (read(workdir), read(tmp_path)):
+    frame = pd.DataFrame(rows).query(
+      "num_steps == 10 and job == 'configs/digits.py'"
+    )
+    keys = ["job", "method", "learning_rate", "seed", "step"]
+    frames.append(frame.set_index(keys).sort_index()["test/loss"])
+  np.testing.assert_allclose(*frames, rtol=1e-3)
 
 
 def test_a_job_has_fields_of_its_own():

@@ -46,8 +46,9 @@ class MechanicState(NamedTuple):
       s, except with `delayed_scale`.
     s_init: the initial scale that `relative_s_init` asks for, scalar; 0 until
       the base has moved the parameters.
-    mean_norm: mean of the gradient's norm since it first was not 0, scalar; 0
-      without `mean_decay`.
+    mean_norm: running mean of the gradient's norm, which starts with the first
+      that is not 0; a new one weighs 1 / (count + 1). Scalar, 0 without
+      `mean_decay`.
 
   With groups, a row of r, m, v and s and an entry of scale, s_init and
   mean_norm is that of a group: [groups, num_betas] and [groups].

@@ -127,9 +127,9 @@ def tables(data: pd.DataFrame) -> str:
     data: from `frame`.
   """
   result, seen = compare(data), held_out(data)
-  by_heart = compare(seen) if len(seen) else None
+  by_heart = compare(seen) if len(seen) else result[:0]
   parts = [_summary(result, by_heart), _ratios(result, "loss")]
-  if by_heart is not None:
+  if len(by_heart):
     parts.append(_ratios(by_heart, "held-out loss"))
   parts += [_by_job(result, n) for n in dict.fromkeys(result["num_steps"])]
   if ranges := _ranges(data):
@@ -137,7 +137,7 @@ def tables(data: pd.DataFrame) -> str:
   return "\n\n".join(parts)
 
 
-def _summary(result: pd.DataFrame, by_heart: pd.DataFrame | None) -> str:
+def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
   """Returns how each method does over all jobs and lengths.
 
   Args:
@@ -148,15 +148,15 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame | None) -> str:
   rows = []
   for method, own in result.groupby("method", sort=False):
     by = [
-      own[own["interpolates"] == interpolates]["ratio"]
-      for interpolates in (False, True)
+      own["ratio"],
+      own[~own["interpolates"]]["ratio"],
+      own[own["interpolates"]]["ratio"],
+      by_heart[by_heart["method"] == method]["ratio"],
     ]
-    if by_heart is not None:
-      by.append(by_heart[by_heart["method"] == method]["ratio"])
     rows.append(
       [
         str(method),
-        *(_number(geometric_mean(ratios)) for ratios in (own["ratio"], *by)),
+        *(_number(geometric_mean(ratios)) for ratios in by),
         f"{own['ratio'].max():.2f}",
         f"{own['points'].min():+.1f}" if own["points"].notna().any() else "",
         str(own["failed"].sum() or ""),
@@ -169,7 +169,7 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame | None) -> str:
     "geometric mean",
     "held-out loss",
     "training loss",
-    *([] if by_heart is None else ["held-out loss there"]),
+    "held-out loss there",
     "worst",
     "worst accuracy, points",
     "failed runs",

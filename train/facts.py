@@ -75,19 +75,17 @@ class Update:
   options: Mapping[str, Any] | None = None
 
 
-# What the flag takes, and optax's in their place.
-_FLAG = {
-  option: default
-  for option, default in flax_mechanic.methods()["mechanic"].options.items()
-  if option
-  in ("weight_decay", "mean_decay", "eps", "relative_s_init", "groups")
-}
+# Optax's options, and what the flag takes in their place.
 _DROP_IN: dict[str, Any] = {
   "weight_decay": 1e-2,
   "mean_decay": False,
   "eps": 1e-8,
   "relative_s_init": 0.0,
   "groups": "",
+}
+_FLAG = {
+  option: flax_mechanic.methods()["mechanic"].options[option]
+  for option in _DROP_IN
 }
 
 

@@ -47,7 +47,14 @@ def swept(tmp_path_factory):
 
 def test_a_line_for_each_evaluation_of_each_run(swept):
   workdir, _ = swept
-  found = {plan.key(row) for row in read(workdir)}
+  found = {
+    (
+      each["job"],
+      each["settings"].split("optimizer=")[1].split()[0],
+      *(each[k] for k in ("num_steps", "learning_rate", "seed", "step")),
+    )
+    for each in read(workdir)
+  }
   wanted = {
     (job, settings, num_steps, rate, seed, step)
     for job in ("configs/digits.py", "configs/digits.py:cnn")
@@ -57,10 +64,7 @@ def test_a_line_for_each_evaluation_of_each_run(swept):
     for seed in (0, 1)
     for step in (0, num_steps // 2, num_steps)
   }
-  short = {
-    (job, s.split("optimizer=")[1].split()[0], *k) for job, s, *k in found
-  }
-  assert short == wanted
+  assert found == wanted
   assert len(read(workdir)) == len(wanted)
 
 
@@ -103,6 +107,22 @@ def test_nothing_is_done_twice(swept, tmp_path, capsys):
   assert (tmp_path / "tables.md").read_text() == (
     workdir / "tables.md"
   ).read_text()
+
+
+def test_a_config_file_that_was_edited_is_run_anew(tmp_path):
+  file = tmp_path / "mine.py"
+  text = "from configs.digits import get_config as get_digits\n"
+  text += "def get_config():\n  config = get_digits()\n"
+  text += "  config.batch_size = {}\n  return config\n"
+  sweep_config = configs.sweep.get_config("quick")
+  sweep_config.jobs, sweep_config.interpolating = (str(file),), ()
+  keys = []
+  for batch_size in (8, 8, 16):
+    file.write_text(text.format(batch_size))
+    units = plan.make_units(sweep_config)
+    keys.append({key for unit in units for key in unit.keys(10)})
+  assert keys[0] == keys[1]
+  assert keys[0].isdisjoint(keys[2])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import shlex
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from train import flags
 from train.runs import Row, Run, Runs, make_tasks
 
 # Of a row: what was run. The rest is what was measured.
-_KEYS = ("job", "settings", "num_steps", "learning_rate", "seed", "step")
+_KEYS = ("job", "config_crc32", "num_steps", "learning_rate", "seed", "step")
 
 # What tells a row from all others.
 Key = tuple[Any, ...]
@@ -52,8 +53,9 @@ class Unit(NamedTuple):
   def keys(self, num_steps: int) -> Iterator[Key]:
     """Yields the keys of the rows that it makes at a length."""
     steps = {*range(0, num_steps + 1, self._every(num_steps)), num_steps}
+    crc32 = self._config_crc32()
     for (rate, seed), step in itertools.product(self.runs(), sorted(steps)):
-      yield self.job, self.settings, num_steps, rate, seed, step
+      yield self.job, crc32, num_steps, rate, seed, step
 
   def train(self, lengths: tuple[int, ...]) -> Iterator[tuple[int, list[Row]]]:
     """Yields the length and the rows of each evaluation, length by length."""
@@ -66,10 +68,19 @@ class Unit(NamedTuple):
     )
     # Every length is done in calls of so many steps, of the same program.
     call_every = math.gcd(*map(self._every, own.num_steps))
-    names = {"job": self.job, "method": self.method, "settings": self.settings}
+    names = {
+      "job": self.job,
+      "method": self.method,
+      "settings": self.settings,
+      "config_crc32": self._config_crc32(),
+    }
     for n in lengths:
       for rows in runs.train(self.runs(), n, self._every(n), call_every):
         yield n, [names | {"num_steps": n} | row for row in rows]
+
+  def _config_crc32(self) -> int:
+    """Returns a checksum of all the job's fields, defaults too."""
+    return zlib.crc32(self.config.to_json_best_effort().encode())
 
   def _every(self, num_steps: int) -> int:
     """Returns the steps between two evaluations."""
@@ -78,7 +89,7 @@ class Unit(NamedTuple):
 
 def key(row: Row) -> Key:
   """Returns the key of a row."""
-  return tuple(row[name] for name in _KEYS)
+  return tuple(row.get(name) for name in _KEYS)
 
 
 def make_units(config: ConfigDict) -> list[Unit]:

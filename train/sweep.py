@@ -9,7 +9,7 @@ appends to DIR/runs.jsonl a line for each evaluation of each run, prints tables,
 writes them to DIR/tables.md, and draws DIR/*.png and *.svg. The runs of a
 method that differ in learning rate and seed are one compiled program, and as
 many programs run at a time as there are CPU cores. Run again, also with other
-fields, it does what is not in the file yet.
+fields or after a job's config was edited, it does what is not in the file yet.
 
 For example, on a job of one's own:
 

@@ -2,8 +2,8 @@ r"""How well each method does untuned, beside the tuned ones.
 
   python -m train.sweep --config=configs/sweep.py --workdir=runs/sweep
 
-takes 36 minutes on two cores. configs/sweep.py:quick is a part of it, for a
-minute and a half; :range is about the learning rates that adamw trains with,
+takes 36 to 40 minutes on two cores. configs/sweep.py:quick is a part of it, for
+a minute and a half; :range is about the learning rates that adamw trains with,
 and the base learning rates that Mechanic does; :ablation changes one of the
 flag's options at a time. On a job of one's own, with its own config:
 

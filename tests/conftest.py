@@ -13,6 +13,8 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# The suite takes two thirds of the time, compiling for the most part.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 @pytest.fixture
@@ -23,6 +25,20 @@ def tpu_compiler():
   the tests, which is for every machine, leaves it out. CI installs it.
   """
   pytest.importorskip("libtpu", reason='pip install -e ".[tpu]"')
+
+
+@pytest.fixture(scope="module")
+def optimized():
+  """Has a module's programs, and commands, compiled as users have them."""
+  import jax  # After the environment is set.
+
+  option = "jax_disable_most_optimizations"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv(option.upper(), raising=False)
+    before = jax.config.read(option)
+    jax.config.update(option, False)
+    yield
+    jax.config.update(option, before)
 
 
 from flax_mechanic import registry  # noqa: E402  # The environment is set.

@@ -9,6 +9,7 @@ import pytest
 
 from train import facts
 
+pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = pathlib.Path(__file__).parent.parent
 
 

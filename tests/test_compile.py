@@ -14,6 +14,7 @@ from train import compile as compile_lib
 from train import program
 from train.job import make_job
 
+pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=configs/text.py:tiny"
 

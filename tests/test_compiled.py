@@ -12,6 +12,7 @@ from flax_mechanic import Optimizer, TrainState, mechanize
 from train import facts, program
 from train.job import make_job
 
+pytestmark = pytest.mark.usefixtures("optimized")
 MOVES = ("all-gather", "all-to-all", "collective-permute")
 
 

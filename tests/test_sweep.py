@@ -306,6 +306,16 @@ def test_comparison():
   assert seen.loc[("b", "ours"), "ratio"] == pytest.approx(9.0005 / 1.0005)
 
 
+def test_the_interval_draws_seeds_for_both_methods_at_once():
+  result = comparison.compare(comparison.frame(list(make_rows())))
+  own = result[(result["job"] == "a") & (result["method"] == "ours")]
+  assert comparison.interval(own) == pytest.approx((3.001 / 2.001, 3.0 / 2.0))
+  one_seed = [row for row in make_rows() if row["seed"] == 0]
+  result = comparison.compare(comparison.frame(one_seed))
+  assert np.isnan(comparison.interval(result)).all()
+  assert " to " not in comparison.tables(comparison.frame(one_seed))
+
+
 def test_usable_learning_rates():
   data = comparison.frame(list(make_rows()))
   found = comparison.usable(data).set_index(["job", "method"])

@@ -15,6 +15,8 @@ from train.tables import format_table
 FLOOR = 0.005
 # Within this factor of a method's best loss a learning rate is usable.
 USABLE = 1.1
+# How often seeds are drawn anew for an interval.
+_DRAWS = 4000
 
 _CASE = ["job", "num_steps"]
 
@@ -78,8 +80,8 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     The columns "job", "num_steps", "interpolates", "method", "learning_rate",
     "tuned", "floor"; "loss", "accuracy" and their deviations over seeds,
     "loss_sd" and "accuracy_sd"; "ratio" of the loss to the first method's;
-    "points" of accuracy above it; "failed", how many runs ended with a loss
-    that is not finite.
+    "losses" and "losses_first", the two's by seed; "points" of accuracy above
+    it; "failed", how many runs ended with a loss that is not finite.
   """
   runs = chosen(data)
   last = runs[runs["step"] == runs["num_steps"]]
@@ -88,6 +90,7 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     tuned=("tuned", "first"),
     loss=("loss", "mean"),
     loss_sd=("loss", "std"),
+    losses=("loss", np.array),
     accuracy=("accuracy", "mean"),
     accuracy_sd=("accuracy", "std"),
     floor=("floor", "first"),
@@ -96,8 +99,11 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
   result = result.reset_index()
   first = result[result["method"] == result["method"].iloc[0]]
   of = result.merge(
-    first[[*_CASE, "loss", "accuracy"]], on=_CASE, suffixes=("", "_first")
+    first[[*_CASE, "loss", "losses", "accuracy"]],
+    on=_CASE,
+    suffixes=("", "_first"),
   )
+  result["losses_first"] = of["losses_first"]
   result["ratio"] = np.maximum(of["loss"], of["floor"]) / np.maximum(
     of["loss_first"], of["floor"]
   )
@@ -148,7 +154,6 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
   rows = []
   for method, own in result.groupby("method", sort=False):
     by = [
-      own["ratio"],
       own[~own["interpolates"]]["ratio"],
       own[own["interpolates"]]["ratio"],
       by_heart[by_heart["method"] == method]["ratio"],
@@ -156,6 +161,8 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
     rows.append(
       [
         str(method),
+        _number(geometric_mean(own["ratio"])),
+        _interval(*interval(own)),
         *(_number(geometric_mean(ratios)) for ratios in by),
         f"{own['ratio'].max():.2f}",
         f"{own['points'].min():+.1f}" if own["points"].notna().any() else "",
@@ -167,6 +174,7 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
     if result["tuned"].iloc[0]
     else f"loss over {first}'s",
     "geometric mean",
+    "95% interval",
     "held-out loss",
     "training loss",
     "held-out loss there",
@@ -242,6 +250,34 @@ def _ranges(data: pd.DataFrame) -> str:
 def geometric_mean(ratios: pd.Series) -> float:
   """Returns NaN if there are none."""
   return float(np.exp(np.mean(np.log(ratios)))) if len(ratios) else np.nan
+
+
+def interval(result: pd.DataFrame) -> tuple[float, float]:
+  """Returns the 95% interval of the geometric mean ratio over seeds.
+
+  It is the bootstrap's (Efron, Tibshirani 1993), by percentiles: each job and
+  length draws its seeds anew, the same for both methods. Tuned learning rates
+  stay what they are. NaN where a job has one seed, or a run failed.
+
+  Args:
+    result: rows of one method, from `compare`.
+  """
+  random = np.random.default_rng(0)
+  logs = np.zeros(_DRAWS)
+  columns = result[["losses", "losses_first", "floor"]]
+  for own, first, floor in columns.to_numpy():
+    if len(own) < 2 or not np.isfinite([*own, *first]).all():
+      return np.nan, np.nan
+    seeds = random.integers(len(own), size=(_DRAWS, len(own)))
+    drawn = [each[seeds].mean(axis=1) for each in (own, first)]
+    own_mean, first_mean = np.maximum(drawn, floor)
+    logs += np.log(own_mean / first_mean)
+  low, high = np.exp(np.quantile(logs / len(result), [0.025, 0.975]))
+  return float(low), float(high)
+
+
+def _interval(low: float, high: float) -> str:
+  return "" if np.isnan(low) else f"{low:.2f} to {high:.2f}"
 
 
 def _number(value: float) -> str:

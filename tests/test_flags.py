@@ -448,3 +448,29 @@ def test_subprocess_ctrl_c(tmp_path):
   _, error = process.communicate(timeout=30)
   assert process.returncode == 130
   assert error == "stopped by Ctrl-C; the same command resumes\n"
+
+
+@pytest.mark.parametrize(
+  "command",
+  [
+    ["train.main", "--help", "--config=configs/digits.py"],
+    ["train.inspect", "{workdir}"],
+  ],
+  ids=["main", "inspect"],
+)
+def test_subprocess_that_nobody_reads(tmp_path, command):
+  for step in (1, 2):
+    (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+  reader, writer = os.pipe()
+  os.close(reader)
+  done = subprocess.run(
+    [sys.executable, "-m", *(e.format(workdir=tmp_path) for e in command)],
+    stdout=writer,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )
+  os.close(writer)
+  assert done.returncode == 1
+  assert "what read this output has gone" in done.stderr
+  assert "Traceback" not in done.stderr

@@ -1,5 +1,6 @@
 """What the commands of `train` have in common."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,7 +20,7 @@ def run_command(
     argv: the arguments after the program's name; `sys.argv` if None.
 
   Returns:
-    The exit status: 2 for bad input.
+    The exit status: 2 for bad input, 1 if nobody reads what it prints.
   """
   arguments = sys.argv[1:] if argv is None else argv
   if not {"-h", "--help"}.isdisjoint(arguments):
@@ -31,4 +32,21 @@ def run_command(
   except UsageError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
+  except BrokenPipeError:
+    return closed_output()
   return 0
+
+
+def closed_output() -> int:
+  """Says that what read standard output has gone, as `| head` does.
+
+  Returns:
+    The exit status.
+  """
+  # Python flushes it at the end, which would fail once more.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  print(
+    "error: what read this output has gone; the same command goes on",
+    file=sys.stderr,
+  )
+  return 1

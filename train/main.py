@@ -25,6 +25,7 @@ import absl.logging
 import flax_mechanic
 from flax_mechanic.errors import UsageError
 from train import flags
+from train.command import closed_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     0 after the last step, and after SIGTERM or Ctrl-C has ended the training
-    with a checkpoint; 2 for bad input; 130 for Ctrl-C at any other time. Any
-    other exception is a defect and keeps its traceback.
+    with a checkpoint; 1 if nobody reads what it prints; 2 for bad input; 130
+    for Ctrl-C at any other time. Any other exception is a defect and keeps its
+    traceback.
   """
   arguments = sys.argv[1:] if argv is None else argv
   absl.logging.set_verbosity(absl.logging.WARNING)
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       _print_help(arguments)
       return 0
     if "--config.optimizer=help" in arguments:
-      print(flax_mechanic.describe())
+      print(flax_mechanic.describe(), flush=True)
       return 0
     config, workdir, given = flags.parse(arguments)
     # Importing these takes seconds; a typo should not.
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
     return 130
+  except BrokenPipeError:
+    return closed_output()
   return 0
 
 
@@ -68,7 +72,7 @@ def _print_help(arguments: Sequence[str]) -> None:
   for file in files[-1:]:
     print(f"\nThe fields of {file}:\n")
     config = flags.load_config(file.removeprefix("--config="))
-    print("\n".join(flags.fields(config)))
+    print("\n".join(flags.fields(config)), flush=True)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def test_runs(name, tmp_path):
   }
   # The reader's CPU is one device until the notebook says otherwise.
   env.pop("JAX_NUM_CPU_DEVICES", None)
-  client.execute(env=env)
+  # Not being its own, the client would leave the kernel running.
+  client.execute(env=env, cleanup_kc=True)
 
 
 @each_notebook

@@ -151,7 +151,7 @@ class Model(nnx.Module):
 
 
 def cases():
-  """Yields combinations, for some methods all; the fast ones are some."""
+  """Yields every combination; the fast ones are some of each kind."""
   for (
     name,
     axis_type,
@@ -169,9 +169,6 @@ def cases():
   ):
     like_the_job = annotated and jitted
     if offload and not (like_the_job and shard_over):
-      continue
-    # How a placement is known is one matter, how a state is kept another.
-    if annotated != jitted and name not in QUICK:
       continue
     quick = name == "mechanic" or (name in QUICK and like_the_job)
     yield pytest.param(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 import flax_mechanic
 import train
-from train import flags, main
+from train import command, flags, main
 
 _CONFIG = '''
 """A job for these tests."""
@@ -451,20 +451,20 @@ def test_subprocess_ctrl_c(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "command",
+  "module",
   [
     ["train.main", "--help", "--config=configs/digits.py"],
     ["train.inspect", "{workdir}"],
   ],
   ids=["main", "inspect"],
 )
-def test_subprocess_that_nobody_reads(tmp_path, command):
+def test_subprocess_that_nobody_reads(tmp_path, module):
   for step in (1, 2):
     (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
   reader, writer = os.pipe()
   os.close(reader)
   done = subprocess.run(
-    [sys.executable, "-m", *(e.format(workdir=tmp_path) for e in command)],
+    [sys.executable, "-m", *(e.format(workdir=tmp_path) for e in module)],
     stdout=writer,
     stderr=subprocess.PIPE,
     text=True,
@@ -474,3 +474,12 @@ def test_subprocess_that_nobody_reads(tmp_path, command):
   assert done.returncode == 1
   assert "what read this output has gone" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+def test_a_broken_pipe_that_is_not_the_output_s_is_a_defect():
+  def report(arguments):
+    yield "a line"
+    raise BrokenPipeError("of a data loader")
+
+  with pytest.raises(BrokenPipeError, match="of a data loader"):
+    command.run_command("help", report, [])

@@ -40,11 +40,21 @@ def run_command(
 def closed_output() -> int:
   """Says that what read standard output has gone, as `| head` does.
 
+  To be called while a BrokenPipeError is handled.
+
   Returns:
     The exit status.
+
+  Raises:
+    BrokenPipeError: the one that is handled, if it is another pipe's.
   """
-  # Python flushes it at the end, which would fail once more.
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  try:
+    print(flush=True)
+  except BrokenPipeError:
+    # Python flushes it at the end, which would fail once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  else:
+    raise
   print(
     "error: what read this output has gone; the same command goes on",
     file=sys.stderr,

@@ -11,14 +11,11 @@ from flax.nnx import filterlib
 from flax.nnx import optimizer as optimizer_lib
 from jax.sharding import NamedSharding
 
-from flax_mechanic import adoption, evaluation, stack, transforms
 from flax_mechanic import step as step_lib
-from flax_mechanic.sharding import (
-  Shardings,
-  is_traced,
-  on_device,
-  parameter_of,
-)
+from flax_mechanic.methods import readers, stack
+from flax_mechanic.methods.extra_args import accepted
+from flax_mechanic.paths import parameter_of
+from flax_mechanic.placement import Shardings, is_traced, on_device
 
 
 class Optimizer(nnx.Optimizer):
@@ -99,7 +96,7 @@ class Optimizer(nnx.Optimizer):
       grads,
       self._state(),
       params,
-      **transforms.accepted(
+      **accepted(
         self.tx,
         {**self.state_shardings.extra_args(), **nnx.as_pure(extra_args)},
       ),
@@ -175,7 +172,7 @@ class Optimizer(nnx.Optimizer):
       average, DoG's averaged iterates), or `model` itself.
     """
     params = nnx.as_pure(nnx.state(model, self.wrt))
-    evaluated = evaluation.eval_params(self._state(), params)
+    evaluated = readers.eval_params(self._state(), params)
     if evaluated is params:
       return model
     model = nnx.clone(model)
@@ -221,6 +218,7 @@ class Optimizer(nnx.Optimizer):
       UsageError: the model's parameters are not there, have other shapes, or
         are damaged.
     """
+    from flax_mechanic.checkpoints import adoption  # It imports Orbax.
 
     def init(params):
       nnx.update(model, params)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_mechanic import stack, transforms
 from flax_mechanic.errors import UsageError
-from flax_mechanic.sharding import Shardings
+from flax_mechanic.methods import stack
+from flax_mechanic.methods.extra_args import accepted
+from flax_mechanic.placement import Shardings
 
 # (params, carried, *args) -> (loss, (aux, carried))
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
@@ -57,7 +58,7 @@ def step(
   def grad_fn(params: optax.Params, _: int = 0) -> optax.Updates:
     return conjugate(evaluate(params, carried, *args)[1])
 
-  extra = transforms.accepted(
+  extra = accepted(
     tx, {"value": loss, "grad_fn": grad_fn, **shardings.extra_args()}
   )
   updates, opt_state = tx.update(conjugate(grads), opt_state, params, **extra)

@@ -11,13 +11,10 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from flax_mechanic import adoption, evaluation, transforms
 from flax_mechanic import step as step_lib
-from flax_mechanic.sharding import (
-  Shardings,
-  is_traced,
-  on_device,
-)
+from flax_mechanic.methods import readers
+from flax_mechanic.methods.extra_args import accepted
+from flax_mechanic.placement import Shardings, is_traced, on_device
 
 
 class TrainState(train_state.TrainState):
@@ -98,9 +95,7 @@ class TrainState(train_state.TrainState):
     extra = {k: v for k, v in kwargs.items() if k not in names}
     update = functools.partial(
       self.tx.update,
-      **transforms.accepted(
-        self.tx, {**self.state_shardings.extra_args(), **extra}
-      ),
+      **accepted(self.tx, {**self.state_shardings.extra_args(), **extra}),
     )
     bound = self.replace(
       opt_state=on_device(self.opt_state),
@@ -156,7 +151,7 @@ class TrainState(train_state.TrainState):
 
   def eval_params(self) -> Any:
     """Returns the parameters that the method evaluates and exports."""
-    return evaluation.eval_params(on_device(self.opt_state), self.params)
+    return readers.eval_params(on_device(self.opt_state), self.params)
 
   def reanchor(self) -> Self:
     """Returns the state with the method started afresh from its parameters.
@@ -189,6 +184,8 @@ class TrainState(train_state.TrainState):
       UsageError: the parameters are not there, have other shapes, or are
         damaged.
     """
+    from flax_mechanic.checkpoints import adoption  # It imports Orbax.
+
     adopted = adoption.adopt(
       directory,
       self.params,

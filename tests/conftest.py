@@ -41,7 +41,7 @@ def optimized():
     jax.config.update(option, before)
 
 
-from flax_mechanic import registry  # noqa: E402  # The environment is set.
+from flax_mechanic.methods import registry  # noqa: E402  # The environment is set.
 
 _TABLE = dict(registry.methods())
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from train import facts
+from train.cost import facts
 
 pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = pathlib.Path(__file__).parent.parent

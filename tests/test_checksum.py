@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic.checksum import checksums
+from flax_mechanic.checkpoints.checksum import checksums
 
 DTYPES = ["float32", "bfloat16", "float16", "int8", "uint32", "int16", "bool"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs import text
 from train import compile as compile_lib
-from train import program
+from train.cost import program
 from train.job import make_job
 
 pytestmark = pytest.mark.usefixtures("optimized")

@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 
 from configs import text
 from flax_mechanic import Optimizer, TrainState, mechanize
-from train import facts, program
+from train.cost import facts, program
 from train.job import make_job
 
 pytestmark = pytest.mark.usefixtures("optimized")

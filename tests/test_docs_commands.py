@@ -1,6 +1,5 @@
 """The commands that README.md and docs/ show run."""
 
-import importlib
 import importlib.util
 import re
 import shlex
@@ -124,8 +123,16 @@ def check_pip(words):
 FOLDERS = {"train.inspect": 1, "train.plot": 1, "train.export": 2}
 
 
+def main_of(module):
+  """Returns what `python -m module` runs."""
+  is_package = importlib.util.find_spec(module).submodule_search_locations
+  return importlib.import_module(
+    f"{module}.__main__" if is_package else module
+  ).main
+
+
 def check_job(module, arguments):
-  main = importlib.import_module(module).main
+  main = main_of(module)
   arguments = fill(arguments)
   if "--help" in arguments or "--config.optimizer=help" in arguments:
     assert main(arguments) == 0

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flax_mechanic.guard import guarded_update
+from flax_mechanic.mechanic.guard import guarded_update
 from tests import network
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs import default, digits, text
 from flax_mechanic import Checkpointer, UsageError
-from flax_mechanic.checksum import checksums
+from flax_mechanic.checkpoints.checksum import checksums
 from tests import optimizers
 from tests.compilations import compilations
 from train import mesh

@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import flax_mechanic
-from flax_mechanic import Optimizer, TrainState, mesh, sharding
+from flax_mechanic import Optimizer, TrainState, placement
+from flax_mechanic.methods import repairs
+from flax_mechanic.paths import leaf_path
 from tests import network, optimizers
 from tests.compilations import compilations
 
@@ -76,9 +78,9 @@ def loss(params, inputs, targets, *, typed=False):
 
 def check_state(state, params, specs):
   """Asserts that each leaf of a state lies by the contract."""
-  shardings = sharding.Shardings.of(params)
+  shardings = placement.Shardings.of(params)
   wanted = {
-    sharding.leaf_path(path): spec
+    leaf_path(path): spec
     for path, spec in jax.tree_util.tree_leaves_with_path(
       specs, is_leaf=lambda node: isinstance(node, P)
     )
@@ -86,7 +88,7 @@ def check_state(state, params, specs):
   shapes = {leaf.path: leaf.shape for leaf in shardings.leaves}
   devices = shardings.leaves[0].sharding.mesh
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    text = sharding.leaf_path(path)
+    text = leaf_path(path)
     spec = next(
       (
         spec
@@ -209,7 +211,7 @@ def test_every_leaf_stays_where_it_belongs(
   shardings = None
   if jitted and not annotated and not typed:
     # Nothing in the trace says where these parameters lie.
-    shardings = sharding.Shardings.of(place(network.params(), devices))
+    shardings = placement.Shardings.of(place(network.params(), devices))
 
   def create():
     model = Model(place_one, annotated)
@@ -373,7 +375,7 @@ def test_split_over(shape, spec, axes, wanted):
   leaf = jax.ShapeDtypeStruct(
     shape, jnp.float32, sharding=NamedSharding(devices, spec)
   )
-  (split,) = sharding.Shardings.of([leaf]).split_over(axes).leaves
+  (split,) = placement.Shardings.of([leaf]).split_over(axes).leaves
   assert split.sharding.is_equivalent_to(
     NamedSharding(devices, wanted), len(shape)
   )
@@ -400,9 +402,9 @@ def test_no_leaf_is_gathered_for_an_inner_product(name):
 
 def test_the_work_around_of_vdot_is_needed_and_leaves_nothing_behind():
   # Once this fails, `_vdot_without_ravel` can go.
-  assert mesh.optax_ravels()
+  assert repairs.optax_ravels()
   original = optax.tree_utils._tree_math._vdot
-  with mesh._vdot_without_ravel():
+  with repairs._vdot_without_ravel():
     a = np.array([[1 + 2j, 3], [4, 5j]], np.complex64)
     b = np.array([[1, 2j], [3, 4 + 1j]], np.complex64)
     np.testing.assert_allclose(optax.tree.vdot(a, b), np.vdot(a, b), rtol=1e-6)

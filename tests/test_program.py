@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from train import program
+from train.cost import program
 
 
 @pytest.fixture(scope="module")

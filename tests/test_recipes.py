@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import flax_mechanic
-from flax_mechanic.sharding import Shardings
+from flax_mechanic.placement import Shardings
 from tests import network
 from tests.compilations import compilations
 

@@ -61,8 +61,9 @@ def entries(text):
 def test_all_is_all_that_is_public():
   imported = {
     name
-    for name, value in vars(flax_mechanic).items()
-    if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    for name in dir(flax_mechanic)
+    if not name.startswith("_")
+    and not isinstance(getattr(flax_mechanic, name), types.ModuleType)
   }
   assert sorted(imported) == flax_mechanic.__all__
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from train.job import make_job
-from train.runs import Runs, make_tasks
+from train.sweep.runs import Runs, make_tasks
 
 RUNS = [(rate, seed) for rate in (1e-3, 1e-2) for seed in (0, 1)]
 

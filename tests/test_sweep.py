@@ -8,7 +8,8 @@ import pytest
 from matplotlib import image
 
 import configs.sweep
-from train import comparison, plan, sweep
+from train.sweep import __main__ as sweep
+from train.sweep import comparison, plan
 
 ARGUMENTS = [
   "--config=configs/sweep.py",

@@ -11,7 +11,10 @@ from flax import linen as nn
 from flax import nnx
 from optax import contrib
 
-from flax_mechanic import UsageError, transforms
+from flax_mechanic import UsageError
+from flax_mechanic.methods import features, repairs
+from flax_mechanic.methods.extra_args import accepted
+from flax_mechanic.paths import check_found, matching
 
 
 class Pair(NamedTuple):
@@ -51,13 +54,13 @@ def recorder():
 def test_accepted_reads_the_signature():
   extra = {"value": 1.0, "grad_fn": 2.0, "other": 3.0}
   tx, _ = recorder()
-  assert transforms.accepted(tx, extra) == {"value": 1.0}
-  assert transforms.accepted(tx, {"other": 3.0}) == {}
-  assert transforms.accepted(optax.sgd(0.1), extra) == extra
+  assert accepted(tx, extra) == {"value": 1.0}
+  assert accepted(tx, {"other": 3.0}) == {}
+  assert accepted(optax.sgd(0.1), extra) == extra
   without = optax.GradientTransformation(lambda p: (), lambda u, s, p=None: u)
-  assert transforms.accepted(without, extra) == {}
+  assert accepted(without, extra) == {}
   sam = contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True)
-  assert transforms.accepted(sam, extra) == {"grad_fn": 2.0}
+  assert accepted(sam, extra) == {"grad_fn": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_own_buffers_shares_none(tx):
   x = params()
   raw = pointers([x, tx.init(x)])
   assert len(set(raw)) < len(raw)
-  own = transforms.own_buffers(tx)
+  own = repairs.own_buffers(tx)
   state = own.init(x)
   owned = pointers([x, state, own.init(x)])
   assert len(set(owned)) == len(owned)
@@ -81,14 +84,14 @@ def test_own_buffers_copies_an_array_that_every_init_hands_out():
   tx = contrib.differentially_private_aggregate(1.0, 1.0, key=0)
   shared = [tx.init(params()) for _ in range(2)]
   assert len(set(pointers(shared))) == 1
-  own = transforms.own_buffers(tx)
+  own = repairs.own_buffers(tx)
   assert len(set(pointers([own.init(params()) for _ in range(2)]))) == 2
   jax.jit(lambda state: state, donate_argnums=0)(own.init(params()))
   own.init(params())
 
 
 def test_own_buffers_hands_extra_arguments_on():
-  own = transforms.own_buffers(contrib.momo())
+  own = repairs.own_buffers(contrib.momo())
   x = params()
   ones = jax.tree.map(jnp.ones_like, x)
   ours, _ = own.update(ones, own.init(x), x, value=2.0, unknown=1)
@@ -102,7 +105,7 @@ def test_hand_on_gives_the_base_what_it_accepts():
   wrap = lambda tx: contrib.sam(
     tx, optax.sgd(0.1), sync_period=2, opaque_mode=True
   )
-  tx = transforms.hand_on(wrap, base)
+  tx = repairs.hand_on(wrap, base)
   x = params()
   grad_fn = lambda params, _: params
   state = tx.init(x)
@@ -115,7 +118,7 @@ def test_hand_on_gives_the_base_what_it_accepts():
 
 def test_hand_on_under_a_wrapper_that_takes_nothing():
   base, seen = recorder()
-  tx = transforms.hand_on(contrib.split_real_and_imaginary, base)
+  tx = repairs.hand_on(contrib.split_real_and_imaginary, base)
   x = params()
   tx.update(x, tx.init(x), x, value=5.0, grad_fn=None)
   tx.update(x, tx.init(x), x)
@@ -132,7 +135,7 @@ BOXES = {
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
 def test_a_box_holds_what_its_annotation_fits(box):
   optax_s = optax.adafactor(0.1, momentum=0.9, min_dim_size_to_factor=4)
-  tx = transforms.box_what_fits(optax_s)
+  tx = repairs.box_what_fits(optax_s)
   bare = {"kernel": jnp.arange(24.0).reshape(4, 6), "bias": jnp.ones(6)}
   boxed = bare | {"kernel": box(bare["kernel"])}
   state, expected_state = tx.init(boxed), optax_s.init(bare)
@@ -159,7 +162,7 @@ def test_a_box_holds_what_its_annotation_fits(box):
 def test_a_box_whose_array_is_masked_stays(box):
   params = {"kernel": box(jnp.ones((4, 6))), "bias": jnp.ones(6)}
   tx = optax.masked(
-    transforms.box_what_fits(optax.adafactor(0.1)),
+    repairs.box_what_fits(optax.adafactor(0.1)),
     jax.tree.map(lambda leaf: leaf.ndim == 1, params),
   )
   state = tx.init(params)
@@ -181,7 +184,7 @@ def test_a_box_whose_array_is_masked_stays(box):
 )
 def test_skip_zeros_runs_where_something_moves(rate, gradient, runs):
   inner = optax.chain(optax.trace(0.9), optax.scale(-2.0))
-  tx = transforms.skip_zeros(inner, rate)
+  tx = repairs.skip_zeros(inner, rate)
   x = params()
   # One leaf alone decides.
   grads = zeros() | {"a": jnp.array([0.0, gradient], jnp.float32)}
@@ -196,7 +199,7 @@ def test_skip_zeros_keeps_the_updates_dtypes_and_extra_arguments():
     return jax.tree.map(lambda g: (value * g).astype(jnp.float16), updates), ()
 
   inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-  tx = transforms.skip_zeros(inner, jnp.float32(1.0))
+  tx = repairs.skip_zeros(inner, jnp.float32(1.0))
   ones = jax.tree.map(jnp.ones_like, params())
   for grads, expected in ((zeros(), 0.0), (ones, 3.0)):
     updates, _ = tx.update(grads, (), params(), value=jnp.float32(3.0))
@@ -210,7 +213,7 @@ def test_average_iterates_is_the_recursion(gamma):
   rng = np.random.default_rng(0)
   with jax.enable_x64(True):
     x = {"w": jnp.asarray(rng.normal(size=3))}
-    tx = transforms.average_iterates(optax.sgd(0.1), gamma)
+    tx = features.average_iterates(optax.sgd(0.1), gamma)
     state = tx.init(x)
     update = jax.jit(tx.update)
     iterate = average = np.asarray(x["w"])
@@ -226,7 +229,7 @@ def test_average_iterates_is_the_recursion(gamma):
 
 
 def test_a_plain_average_is_the_mean():
-  tx = transforms.average_iterates(optax.sgd(1.0), 0.0)
+  tx = features.average_iterates(optax.sgd(1.0), 0.0)
   x = {"w": jnp.zeros(())}
   state = tx.init(x)
   for g in (-1.0, -2.0, -3.0):
@@ -237,7 +240,7 @@ def test_a_plain_average_is_the_mean():
 
 
 def test_average_iterates_accumulates_in_float32():
-  tx = transforms.average_iterates(optax.sgd(2.0**-7), 8.0)
+  tx = features.average_iterates(optax.sgd(2.0**-7), 8.0)
   x = {"w": jnp.ones(2, jnp.bfloat16)}
   state = tx.init(x)
   assert state.average["w"].dtype == jnp.float32
@@ -257,7 +260,7 @@ def test_record_keeps_what_the_update_measured():
     "moved": optax.tree.norm(updates),
     "first": x["a"].sum() + state.count,
   }
-  tx = transforms.record(optax.scale_by_schedule(lambda _: 0.5), measure)
+  tx = features.record(optax.scale_by_schedule(lambda _: 0.5), measure)
   x = params()
   state = tx.init(x)
   assert state.scalars == {"moved": 0, "first": 0}
@@ -277,7 +280,7 @@ def test_matching_searches_whole_paths():
   }
 
   def matched(*patterns):
-    matches = transforms.matching(patterns, tree)
+    matches = matching(patterns, tree)
     return [
       leaf
       for leaf, match in zip(
@@ -295,7 +298,7 @@ def test_matching_searches_whole_paths():
 
 def test_freeze_hides_the_leaves_from_the_transformation():
   x = params()
-  tx = transforms.freeze(optax.adamw(0.1, weight_decay=0.5), ["^a$"])
+  tx = features.freeze(optax.adamw(0.1, weight_decay=0.5), ["^a$"])
   state = tx.init(x)
   updates, state = tx.update(x, state, x)
   np.testing.assert_array_equal(updates["a"], 0.0)
@@ -307,7 +310,7 @@ def test_freeze_hides_the_leaves_from_the_transformation():
 
 def test_freeze_counts_no_frozen_gradient_and_keeps_nan_out():
   x = params()
-  tx = transforms.freeze(optax.clip_by_global_norm(1.0), ["a"])
+  tx = features.freeze(optax.clip_by_global_norm(1.0), ["a"])
   grads = {"a": jnp.array([jnp.nan, 1e6]), "b": [jnp.array(0.5)]}
   updates, _ = tx.update(grads, tx.init(x), x)
   np.testing.assert_array_equal(updates["a"], 0.0)
@@ -316,15 +319,15 @@ def test_freeze_counts_no_frozen_gradient_and_keeps_nan_out():
 
 def test_freeze_hands_extra_arguments_on():
   x = params()
-  tx = transforms.freeze(contrib.momo(), ["a"])
+  tx = features.freeze(contrib.momo(), ["a"])
   updates, _ = tx.update(x, tx.init(x), x, value=jnp.float32(9.0))
   # Polyak's step on b alone: 9 / 3^2 is its cap of 1.
   np.testing.assert_allclose(updates["b"][0], -3.0, rtol=1e-6)
 
 
 def test_check_found_names_a_pattern_that_is_found_nowhere():
-  transforms.check_found(["a", "0$"], params(), "config.freeze")
+  check_found(["a", "0$"], params(), "config.freeze")
   with pytest.raises(
     UsageError, match=r"config\.freeze='missing' .* some are a, b/0"
   ):
-    transforms.check_found(["a", "missing"], params(), "config.freeze")
+    check_found(["a", "missing"], params(), "config.freeze")

@@ -29,8 +29,8 @@ from optax import contrib
 
 import flax_mechanic
 from configs import digits, text
-from flax_mechanic.checksum import checksums
-from train import facts
+from flax_mechanic.checkpoints.checksum import checksums
+from train.cost import facts
 from train.job import Job, make_job
 from train.tables import format_table
 
@@ -199,7 +199,7 @@ def _compile_elsewhere(base: str) -> Rows:
     "JAX_NUM_CPU_DEVICES": "8",
   }
   output = subprocess.run(
-    [sys.executable, "-m", "train.facts", base],
+    [sys.executable, "-m", "train.cost.facts", base],
     env=environment,
     check=True,
     capture_output=True,

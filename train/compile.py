@@ -31,8 +31,9 @@ from optax import contrib
 
 from flax_mechanic import make_optimizer
 from flax_mechanic.errors import UsageError
-from train import flags, program
+from train import flags
 from train.command import run_command
+from train.cost import program
 from train.job import Job, make_job
 from train.tables import format_table
 

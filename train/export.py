@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
-from flax_mechanic.checkpoint import Checkpointer
+from flax_mechanic.checkpoints.checkpointer import Checkpointer
 from flax_mechanic.errors import UsageError
 from train.command import run_command
 from train.job import make_job

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import absl.logging
 
-from flax_mechanic.checkpoint import Checkpointer
+from flax_mechanic.checkpoints.checkpointer import Checkpointer
 from flax_mechanic.errors import UsageError
 from train.command import run_command
 from train.tables import format_table

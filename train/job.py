@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import flax_mechanic
 from flax_mechanic.errors import UsageError
-from flax_mechanic.sharding import HOST
+from flax_mechanic.placement import HOST
 from train import mesh as mesh_lib
 from train.tasks import Task, make_task
 

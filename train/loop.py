@@ -15,8 +15,8 @@ from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
 import flax_mechanic
-from flax_mechanic import stack
 from flax_mechanic.errors import UsageError
+from flax_mechanic.methods import stack
 from train import processes, writers
 from train.job import Job, make_job
 from train.progress import Progress

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from flax_mechanic import evaluation, transforms
 from flax_mechanic.mechanic import MechanicState, mechanize
-from flax_mechanic.registry import default_options, register
+from flax_mechanic.methods import features, readers, repairs
+from flax_mechanic.methods.registry import default_options, register
 
 
 def _mechanic_scalars(state):
@@ -122,7 +122,7 @@ register(
 )
 register(
   "adafactor",
-  lambda learning_rate, **options: transforms.box_what_fits(
+  lambda learning_rate, **options: repairs.box_what_fits(
     optax.adafactor(learning_rate, **options)
   ),
   options=default_options(
@@ -163,13 +163,13 @@ def _distance_estimate(name):
 
 
 def _prodigy(learning_rate, **options):
-  return transforms.skip_zeros(
+  return repairs.skip_zeros(
     contrib.prodigy(learning_rate, **options), learning_rate
   )
 
 
 def _dadapt_adamw(learning_rate, **options):
-  return transforms.skip_zeros(
+  return repairs.skip_zeros(
     contrib.dadapt_adamw(learning_rate, **options), learning_rate
   )
 
@@ -203,7 +203,7 @@ def _dog(learning_rate, init_step_kind, init_step, averaging, **options):
       f"init_step_kind={init_step_kind!r} is not one of {', '.join(kinds)}"
     )
   tx = contrib.dog(learning_rate, (init_step_kind, init_step), **options)
-  return transforms.average_iterates(tx, averaging) if averaging else tx
+  return features.average_iterates(tx, averaging) if averaging else tx
 
 
 def _dog_scalars(state):
@@ -239,7 +239,7 @@ register(
   schedule="constant",
   decay_mask="mask",
   scalars={contrib.DoGState: _dog_scalars},
-  eval_params={transforms.AveragedState: evaluation.averaged},
+  eval_params={features.AveragedState: readers.averaged},
   summary="SGD whose step is the distance moved over the gradients seen",
   advice="evaluates averaged iterates; init_step=1e-4 with batch norm",
   paper="Ivgi, Hinder, Carmon 2023, arXiv 2302.12022",
@@ -277,7 +277,7 @@ def _cocob(learning_rate, alpha, **options):
       "learning_rate": optax.tree.sum(rates) / optax.tree.size(rates),
     }
 
-  return transforms.record(
+  return features.record(
     contrib.cocob(learning_rate, alpha, **options), measure
   )
 
@@ -289,7 +289,7 @@ register(
   tuned=False,
   schedule="constant",
   decay_mask="mask",
-  scalars={transforms.RecordedState: _recorded},
+  scalars={features.RecordedState: _recorded},
   summary="each coordinate bets on its gradient's sign",
   advice="no rate at all; wants a constant schedule",
   paper="Orabona, Tommasi 2017, arXiv 1705.07795",
@@ -325,7 +325,7 @@ def _momo(learning_rate, **options):
     jnp.asarray(learning_rate),
     options["weight_decay"],
   )
-  return transforms.record(contrib.momo(learning_rate, **options), measure)
+  return features.record(contrib.momo(learning_rate, **options), measure)
 
 
 def _momo_adam(learning_rate, **options):
@@ -340,7 +340,7 @@ def _momo_adam(learning_rate, **options):
   measure = _momo_step(
     "momo_adam", direction, jnp.asarray(learning_rate), options["weight_decay"]
   )
-  return transforms.record(contrib.momo_adam(learning_rate, **options), measure)
+  return features.record(contrib.momo_adam(learning_rate, **options), measure)
 
 
 register(
@@ -349,7 +349,7 @@ register(
   options=default_options(contrib.momo),
   tuned=False,
   needs=frozenset({"value"}),
-  scalars={transforms.RecordedState: _recorded},
+  scalars={features.RecordedState: _recorded},
   summary="momentum whose step follows from the loss and a lower bound",
   advice="losses that are at least lower_bound; the rate is a cap",
   paper="Schaipp et al. 2023, arXiv 2305.07583",
@@ -360,7 +360,7 @@ register(
   options=default_options(contrib.momo_adam),
   tuned=False,
   needs=frozenset({"value"}),
-  scalars={transforms.RecordedState: _recorded},
+  scalars={features.RecordedState: _recorded},
   summary="Adam whose step follows from the loss and a lower bound",
   advice="losses that are at least lower_bound; the rate is a cap",
   paper="Schaipp et al. 2023, arXiv 2305.07583",
@@ -372,7 +372,7 @@ def _sam(base, learning_rate, rho, sync_period):
   ascent = optax.chain(
     optax.normalize_by_update_norm(eps=1e-12), optax.sgd(rho)
   )
-  return transforms.hand_on(
+  return repairs.hand_on(
     lambda tx: contrib.sam(
       tx, ascent, sync_period=sync_period, opaque_mode=True
     ),
@@ -418,19 +418,19 @@ register(
     "mechanic": "mechanic recovers its offset from the parameters, which "
     "schedule_free moves by itself",
   },
-  eval_params={contrib.ScheduleFreeState: evaluation.schedule_free},
+  eval_params={contrib.ScheduleFreeState: readers.schedule_free},
   summary="averages iterates instead of decaying the learning rate",
   advice="warm-up only; a larger learning rate than the base's",
   paper="Defazio et al. 2024, arXiv 2405.15682",
 )
 register(
   "split_real_and_imaginary",
-  lambda base, learning_rate: transforms.hand_on(
+  lambda base, learning_rate: repairs.hand_on(
     contrib.split_real_and_imaginary, base
   ),
   options={"base": "adamw"},
   schedule=None,
-  eval_params={contrib.SplitRealAndImaginaryState: evaluation.split},
+  eval_params={contrib.SplitRealAndImaginaryState: readers.split},
   summary="gives the base real and imaginary parts as separate leaves",
   advice="complex parameters; over any base",
   paper="optax.contrib.split_real_and_imaginary",

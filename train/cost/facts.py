@@ -1,6 +1,6 @@
 """Facts of a compiled update, exact and without running it.
 
-  python -m train.facts BASE
+  python -m train.cost.facts BASE
 
 prints what `train.benchmark` cannot compile in a process that has one device
 and times it: one JSON object, for updates on eight devices and for a TPU v5e.
@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import flax_mechanic
-from train import program
+from train.cost import program
 
 Shapes = Sequence[tuple[int, ...]]
 

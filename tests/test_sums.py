@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic import inner_products as lib
-from flax_mechanic.sharding import Shardings
+from flax_mechanic.mechanic import sums as lib
+from flax_mechanic.placement import Shardings
 
 # On a mesh of 4x2; with sizes below, at and above a row, and in between.
 SPECS = {

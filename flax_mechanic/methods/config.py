@@ -10,8 +10,8 @@ from typing import Any
 import optax
 from ml_collections import ConfigDict, config_dict
 
-from flax_mechanic import registry, stack
 from flax_mechanic.errors import UsageError, did_you_mean
+from flax_mechanic.methods import registry, stack
 
 # The fields that hold for every optimizer, and their defaults.
 _DEFAULTS = {

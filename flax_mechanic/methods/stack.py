@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_mechanic import mesh, registry, transforms
 from flax_mechanic.errors import UsageError
-from flax_mechanic.registry import Method
+from flax_mechanic.methods import features, registry, repairs
+from flax_mechanic.methods.registry import Method
+from flax_mechanic.paths import check_found, matching
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -155,21 +156,21 @@ def build(
     if grad_clip:
       tx = optax.chain(optax.clip_by_global_norm(grad_clip), tx)
     if accumulate_steps > 1:
-      tx = transforms.accumulate(tx, accumulate_steps)
+      tx = features.accumulate(tx, accumulate_steps)
   if freeze:
-    tx = transforms.freeze(tx, freeze)
-  tx = mesh.on_any_mesh(tx)
+    tx = features.freeze(tx, freeze)
+  tx = repairs.on_any_mesh(tx)
   for row in reversed([row for row in outer if row.wraps]):
     tx = _build_row(row, tx, learning_rate, **arguments[row.name])
     if freeze:
       # What is frozen counts in no norm that the row takes.
-      tx = optax.chain(transforms.zero_gradients(freeze), tx)
+      tx = optax.chain(features.zero_gradients(freeze), tx)
   needs = frozenset().union(*(row.needs for row in rows))
-  tx = transforms.keep_dtypes(transforms.own_buffers(tx))
+  tx = repairs.keep_dtypes(repairs.own_buffers(tx))
 
   def init(params: optax.Params) -> optax.OptState:
-    transforms.check_found(freeze, params, "config.freeze")
-    transforms.check_found(no_decay, params, "config.no_decay")
+    check_found(freeze, params, "config.freeze")
+    check_found(no_decay, params, "config.no_decay")
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init, _Update(tx.update, needs))
@@ -253,7 +254,7 @@ def _build_innermost(
         "decays every parameter or none; leave it empty"
       )
     options[row.decay_mask] = lambda params: jax.tree.map(
-      lambda matches: not matches, transforms.matching(no_decay, params)
+      lambda matches: not matches, matching(no_decay, params)
     )
   _build_row(row, 1.0, **options)  # A bad option is told now, not in `init`.
   # The injected state is where `scalars` finds the schedule's present value.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from flax_mechanic.sharding import leaf_path, on_device
+from flax_mechanic.paths import leaf_path
+from flax_mechanic.placement import on_device
 
 
 def checksums(tree: Any) -> dict[str, str]:

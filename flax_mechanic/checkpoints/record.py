@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from flax_mechanic.sharding import leaf_path
+from flax_mechanic.paths import leaf_path
 
 # Path -> "shape", "dtype" and "checksum".
 Described = Mapping[str, Mapping[str, Any]]

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_mechanic.guard import guarded_update
-from flax_mechanic.inner_products import PAIRS, Sums, inner_products
-from flax_mechanic.sharding import Shardings, parameter_path
+from flax_mechanic.mechanic.guard import guarded_update
+from flax_mechanic.mechanic.sums import PAIRS, Sums, inner_products
+from flax_mechanic.paths import parameter_path
+from flax_mechanic.placement import Shardings
 
 
 class MechanicState(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import flax_mechanic
-from flax_mechanic import stack
 from flax_mechanic.errors import UsageError
+from flax_mechanic.methods import stack
 from train import flags
-from train.runs import Row, Run, Runs, make_tasks
+from train.sweep.runs import Row, Run, Runs, make_tasks
 
 # Of a row: what was run. The rest is what was measured.
 _KEYS = ("job", "config_crc32", "num_steps", "learning_rate", "seed", "step")

@@ -30,10 +30,11 @@ from pathlib import Path
 import jax
 
 from flax_mechanic.errors import UsageError
-from train import flags, plan
+from train import flags
 from train.command import run_command
 from train.progress import Progress
-from train.runs import Row
+from train.sweep import plan
+from train.sweep.runs import Row
 
 # What tables and figures are told of a row's unit.
 _OF_UNIT = ("interpolates", "method", "tuned")
@@ -53,7 +54,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
       '--config.interpolating="()"'
     )
   try:
-    from train import comparison, figures
+    from train.sweep import comparison, figures
   except ImportError as error:
     raise UsageError(
       f"train.sweep needs {error.name}, which is not installed; type"

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from train import comparison
+from train.sweep import comparison
 
 # Of each method, what matplotlib draws a line with.
 Styles = Mapping[str, Mapping[str, Any]]

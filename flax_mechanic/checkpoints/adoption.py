@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from flax_mechanic.checkpoint import Checkpointer, read_item
-from flax_mechanic.checksum import checksums
+from flax_mechanic.checkpoints.checkpointer import Checkpointer, read_item
+from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.errors import UsageError
-from flax_mechanic.sharding import leaf_path
+from flax_mechanic.paths import by_path, leaf_path
 
 # What makes a state Mechanic's, ours or optax's, whatever it keeps beside it.
 _TUNER = frozenset({"r", "m", "v", "s"})
@@ -136,7 +136,7 @@ class _Saved:
     self._trees = {item: _metadata(path) for item, path in self._items.items()}
     # An nnx.State's leaves are variables, each with a value.
     self._of_nnx = {
-      item: all(path.endswith("/value") for path in _by_path(tree))
+      item: all(path.endswith("/value") for path in by_path(tree))
       for item, tree in self._trees.items()
     }
     self.shapes: dict[str, tuple[int, ...]] = {}
@@ -251,7 +251,7 @@ def _metadata(item: Path) -> Any:
 
 
 def _load_params(saved: _Saved, params: optax.Params) -> optax.Params:
-  wanted = _by_path(params)
+  wanted = by_path(params)
   prefix = _prefix(saved, wanted)
   other = [
     f"{path} has shape {saved.shapes[prefix + path]} there and "
@@ -312,7 +312,7 @@ def _load_opt_state(
   saved: _Saved, params: optax.Params, opt_state: optax.OptState
 ) -> tuple[optax.OptState, str]:
   """Returns a state with what is found of it, and what to tell of that."""
-  leaves, parameters = _by_path(opt_state), _by_path(params)
+  leaves, parameters = by_path(opt_state), by_path(params)
   here, there = _states(leaves, parameters), _states(saved.shapes, parameters)
   values: dict[str, jax.Array] = {}
   taken, afresh = set(), set()
@@ -483,10 +483,3 @@ def _reckon(
   if field == "x0":
     return x - S * other
   return jnp.where(S > 0, (x - other) / S, 0.0)
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-  return {
-    leaf_path(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }

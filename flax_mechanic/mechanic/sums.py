@@ -12,7 +12,8 @@ import optax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic.sharding import Shardings, parameter_path
+from flax_mechanic.paths import parameter_path
+from flax_mechanic.placement import Shardings
 
 # A sum for each pair, or arrays whose sums they are.
 Sums = tuple[jax.Array, ...]

@@ -19,10 +19,10 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from flax_mechanic import record as record_lib
-from flax_mechanic.checksum import checksums
+from flax_mechanic.checkpoints import record as record_lib
+from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.errors import UsageError
-from flax_mechanic.sharding import leaf_path
+from flax_mechanic.paths import leaf_path
 
 
 class Restored(NamedTuple):

@@ -11,6 +11,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flax_mechanic.paths import parameter_of, parameter_path
+
 # jax's name of the memory kind.
 HOST = "pinned_host"
 
@@ -252,42 +254,6 @@ def on_device(tree: Any) -> Any:
     ),
     tree,
   )
-
-
-def leaf_path(path: Any) -> str:
-  """Returns a leaf's path as text, such as "blocks/0/bias"."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def parameter_path(path: Any) -> str:
-  """Returns a parameter's path as text, whatever its array is boxed in.
-
-  An NNX variable and Linen's `Partitioned` hold it in an attribute `value`,
-  which `nnx.Optimizer` has its transformation see at `init` alone (flax 0.12).
-  """
-  boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),)
-  return leaf_path(path[:-1] if boxed else path)
-
-
-def parameter_of(
-  path: Any, shape: tuple[int, ...], parameters: Mapping[str, Any]
-) -> Any:
-  """Returns the parameter that a leaf of an optimizer's state belongs to.
-
-  That is the one of its shape with the longest path in the leaf's own, or None.
-
-  Args:
-    path: of the leaf of the state.
-    shape: of that leaf.
-    parameters: path -> what stands for a parameter; it has a shape.
-  """
-  names = leaf_path(path).split("/")
-  for length in range(len(names), 0, -1):
-    for start in range(len(names) - length + 1):
-      found = parameters.get("/".join(names[start : start + length]))
-      if found is not None and found.shape == shape:
-        return found
-  return None
 
 
 def is_traced(tree: Any) -> bool:

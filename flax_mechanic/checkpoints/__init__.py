@@ -1,0 +1,1 @@
+"""Checkpoints of whole runs, and of other jobs, on Orbax."""

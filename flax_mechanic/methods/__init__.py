@@ -1,0 +1,1 @@
+"""The flag: every method by its name, and what goes around it."""

@@ -1,0 +1,180 @@
+"""What the flag adds around any method: averaging, freezing, accumulation."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flax_mechanic.paths import matching
+
+
+class AveragedState(NamedTuple):
+  """State of `average_iterates`.
+
+  Attributes:
+    inner_state: the wrapped transformation's.
+    count: int32 scalar, updates so far.
+    average: averaged parameters, float32 or wider.
+  """
+
+  inner_state: optax.OptState
+  count: jax.Array
+  average: optax.Params
+
+
+def average_iterates(
+  tx: optax.GradientTransformation, gamma: float
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps a polynomial-decay average of the parameters that `tx` reaches.
+
+  After update t the average moves by (1 + gamma) / (t + gamma) of the way to
+  the new parameters, so that about the last 1 / (1 + gamma) of the run counts
+  (Shamir, Zhang 2013, arXiv 1212.1824; with gamma 8 in DoG, arXiv 2302.12022).
+  """
+  tx = optax.with_extra_args_support(tx)
+  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+  def init(params):
+    return AveragedState(
+      tx.init(params),
+      jnp.zeros([], jnp.int32),
+      jax.tree.map(lambda x: jnp.copy(wide(x)), params),
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    updates, inner_state = tx.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    count = jnp.asarray(optax.safe_increment(state.count))
+    weight = (1 + gamma) / (count + gamma)
+    average = jax.tree.map(
+      lambda a, x, u: a + weight * (wide(x) + u - a),
+      state.average,
+      params,
+      updates,
+    )
+    return updates, AveragedState(inner_state, count, average)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+class RecordedState(NamedTuple):
+  """State of `record`.
+
+  Attributes:
+    inner_state: the wrapped transformation's.
+    scalars: name -> float32 scalar, 0 before the first update.
+  """
+
+  inner_state: optax.OptState
+  scalars: dict[str, jax.Array]
+
+
+def record(
+  tx: optax.GradientTransformation,
+  measure: Callable[..., dict[str, jax.Array]],
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps scalars of the last update that the state of `tx` does not hold.
+
+  Args:
+    tx: the transformation.
+    measure: `measure(updates, new_state, params)` returns name -> scalar.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    inner_state = tx.init(params)
+    names = jax.eval_shape(measure, params, inner_state, params)
+    return RecordedState(
+      inner_state, {name: jnp.zeros([], jnp.float32) for name in names}
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    updates, inner_state = tx.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    scalars = {
+      name: jnp.asarray(value, jnp.float32)
+      for name, value in measure(updates, inner_state, params).items()
+    }
+    return updates, RecordedState(inner_state, scalars)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def freeze(
+  tx: optax.GradientTransformation, patterns: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps the leaves whose path a pattern is found in; `tx` sees the others.
+
+  `optax.masked` would hand their raw gradient through as their update (optax
+  0.2.8).
+
+  """
+  label = lambda params: jax.tree.map(
+    lambda frozen: "freeze" if frozen else "train", matching(patterns, params)
+  )
+  # Zeros like the parameters: a gradient per example has one axis more.
+  still = optax.stateless(
+    lambda updates, params: jax.tree.map(
+      jnp.zeros_like, updates if params is None else params
+    )
+  )
+  return optax.partition({"train": tx, "freeze": still}, label)
+
+
+def zero_gradients(patterns: Sequence[str]) -> optax.GradientTransformation:
+  """Sets the gradients of the leaves to 0 whose path a pattern is found in."""
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(
+      lambda frozen, g: jnp.zeros_like(g) if frozen else g,
+      matching(patterns, updates),
+      updates,
+    )
+  )
+
+
+class AccumulatedState(NamedTuple):
+  """State of `accumulate`.
+
+  Attributes:
+    steps: that of `optax.MultiSteps`.
+    value: float32 scalar, sum of the losses since the last update.
+  """
+
+  steps: optax.MultiStepsState
+  value: jax.Array
+
+
+def accumulate(
+  tx: optax.GradientTransformation, every: int
+) -> optax.GradientTransformationExtraArgs:
+  """Updates once in `every` batches, with the means of gradient and loss.
+
+  `optax.MultiSteps` hands on the last batch's loss, and its
+  `gradient_transformation()` none (optax 0.2.8).
+  """
+  steps = optax.MultiSteps(tx, every)
+
+  def init(params):
+    return AccumulatedState(steps.init(params), jnp.zeros([], jnp.float32))
+
+  def update(updates, state, params=None, **extra_args):
+    value = state.value
+    if "value" in extra_args:
+      batches = state.steps.mini_step
+      value = jnp.where(batches == 0, 0.0, value) + extra_args["value"]
+      extra_args["value"] = value / (batches + 1)
+      value = value.astype(jnp.float32)
+    updates, inner = steps.update(updates, state.steps, params, **extra_args)
+    # MultiSteps clears its sum by a product with 0, which keeps a NaN (optax
+    # 0.2.8).
+    done = steps.has_updated(inner)
+    cleared = jax.tree.map(
+      lambda g: jnp.where(done, jnp.zeros_like(g), g), inner.acc_grads
+    )
+    return updates, AccumulatedState(inner._replace(acc_grads=cleared), value)
+
+  return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,219 @@
+"""Repairs of optax's transformations, to be deleted as optax heals."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.core import meta
+from jax.sharding import AxisType
+from optax.tree_utils import _tree_math
+
+from flax_mechanic.methods.extra_args import accepted
+from flax_mechanic.paths import parameter_of, parameter_path
+from flax_mechanic.placement import Shardings
+
+
+def own_buffers(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Makes the state of `tx` safe to donate together with the parameters.
+
+  Several of optax's states hold the parameters themselves, one zeros array
+  several times, or an array that `init` hands out each time (optax 0.2.8); the
+  copies that part them vanish when `init` is compiled.
+  """
+  tx = optax.with_extra_args_support(tx)
+  return optax.GradientTransformationExtraArgs(
+    lambda params: jax.tree.map(jnp.copy, tx.init(params)), tx.update
+  )
+
+
+def keep_dtypes(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps each leaf of the state in the dtype that `init` gave it.
+
+  A float32 learning rate widens the state of low-precision parameters where it
+  comes before the accumulators (optax 0.2.8: `lars`, `cocob`).
+  """
+  tx = optax.with_extra_args_support(tx)
+  cast = lambda new, old: (
+    new if new.dtype == old.dtype else new.astype(old.dtype)
+  )
+
+  def update(updates, state, params=None, **extra_args):
+    updates, new_state = tx.update(updates, state, params, **extra_args)
+    return updates, jax.tree.map(cast, new_state, state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def hand_on(
+  wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation],
+  base: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `wrap(base)`, where `base` gets the extra arguments it accepts.
+
+  Some of optax's wrappers call `base.update` without them (optax 0.2.8: `sam`,
+  `split_real_and_imaginary`).
+  """
+
+  def update(updates, state, params=None, **extra_args):
+    bound = optax.GradientTransformation(
+      base.init,
+      lambda updates, state, params=None: base.update(
+        updates, state, params, **accepted(base, extra_args)
+      ),
+    )
+    tx = wrap(bound)
+    return tx.update(updates, state, params, **accepted(tx, extra_args))
+
+  return optax.GradientTransformationExtraArgs(wrap(base).init, update)
+
+
+def box_what_fits(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Takes leaves of the state that have a shape of their own out of boxes.
+
+  Adafactor's factors, of one axis each, would stay in the boxes (Linen's
+  `Partitioned`, NNX's variables) of kernels of two axes, and no array can be
+  placed as they then say (optax 0.2.8, flax 0.12).
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    state = tx.init(params)
+    parameters = {
+      parameter_path(path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    fits = lambda path, shape: parameter_of(path, shape, parameters) is not None
+    return jax.tree_util.tree_map_with_path(
+      lambda path, box: box if fits(path, _unbox(box).shape) else _unbox(box),
+      state,
+      is_leaf=_is_box,
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    bare = lambda tree: jax.tree.map(_unbox, tree, is_leaf=_is_box)
+    like = jax.tree.structure((updates, state))
+    new = tx.update(bare(updates), bare(state), bare(params), **extra_args)
+    return jax.tree.unflatten(like, jax.tree.leaves(new))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_box(node: Any) -> bool:
+  """Whether it is a box with an array in it; `optax.masked` leaves others."""
+  boxes = meta.AxisMetadata | nnx.Variable
+  return isinstance(node, boxes) and bool(jax.tree.leaves(node))
+
+
+def _unbox(node: Any) -> Any:
+  return jax.tree.leaves(node)[0] if _is_box(node) else node
+
+
+def skip_zeros(
+  tx: optax.GradientTransformation, learning_rate: jax.typing.ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+  """Skips the updates at which `tx` would divide 0 by 0.
+
+  Prodigy and D-Adaptation divide by the sum of the gradients they have weighted
+  with the learning rate (optax 0.2.8): where the schedule or the gradient is
+  exactly 0 from the start, their estimate becomes NaN for good.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def update(updates, state, params=None, **extra_args):
+    moves = jax.tree.reduce(
+      jnp.logical_or,
+      jax.tree.map(lambda g: jnp.any(g != 0), updates),
+      jnp.zeros([], bool),
+    )
+    run = lambda: tx.update(updates, state, params, **extra_args)
+    like, _ = jax.eval_shape(run)
+    skip = lambda: (
+      jax.tree.map(lambda g, u: jnp.zeros_like(g, u.dtype), updates, like),
+      state,
+    )
+    return jax.lax.cond(moves & (learning_rate != 0), run, skip)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def on_any_mesh(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Lets `tx` be updated where the parameters' mesh has explicit axes.
+
+  Many transformations were written without types that say how an array is
+  sharded, and raise ShardingTypeError there. They see automatic axes; what
+  comes out is sharded as what went in, updates like parameters and the new
+  state like the old one.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    given = updates if params is None else params
+    types = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(given)]
+    mesh = next((t.mesh for t in types if not t.mesh.empty), None)
+    if mesh is None or set(mesh.axis_types) != {AxisType.Explicit}:
+      with _vdot_without_ravel():
+        return tx.update(updates, state, params, **extra_args)
+
+    spec = lambda leaf: jax.typeof(leaf).sharding.spec
+    is_array = lambda value: isinstance(value, jax.Array)
+    arrays = {k: v for k, v in extra_args.items() if is_array(v)}
+    others = {k: v for k, v in extra_args.items() if not is_array(v)}
+    shardings = others.pop("shardings", None) or Shardings.of(given)
+
+    def automatic(updates, state, params, arrays):
+      others["shardings"] = shardings.on(jax.sharding.get_abstract_mesh())
+      with _vdot_without_ravel():
+        return tx.update(updates, state, params, **arrays, **others)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+      automatic_update: Any = jax.sharding.auto_axes(
+        automatic,
+        out_sharding=(jax.tree.map(spec, given), jax.tree.map(spec, state)),
+      )
+      return automatic_update(updates, state, params, arrays)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+@contextlib.contextmanager
+def _vdot_without_ravel() -> Iterator[None]:
+  """Has `optax.tree.vdot` reduce leaves where they lie.
+
+  optax 0.2.8 means to from jax 0.7.2 on, but compares versions as texts, so
+  that jax 0.10 ravels: leaves that are sharded over two axes are gathered.
+  Mended in optax's repository, in no release yet; then this does nothing.
+  """
+  if not optax_ravels():
+    yield
+    return
+  original = _tree_math._vdot
+  _tree_math._vdot = lambda a, b, precision=None: jnp.sum(jnp.conj(a) * b)
+  try:
+    yield
+  finally:
+    _tree_math._vdot = original
+
+
+@functools.cache
+def optax_ravels() -> bool:
+  """Whether this optax has the bug."""
+  leaf = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+  return "reshape" in str(jax.make_jaxpr(optax.tree.vdot)(leaf, leaf))

@@ -39,14 +39,11 @@ def test_every_option_is_the_method_s_own_default():
     "num_betas": 6,
     "variant": "optax",
     "betas": None,
-    "store_delta": None,
-    "spike_factor": None,
+    "spike_factor": 1000.0,
     "x0_dtype": None,
-    "delayed_scale": False,
     "relative_s_init": 0.01,
     "groups": ".*",
     "mean_decay": True,
-    "tune_steps": None,
   }
   config.opt.adamw.mu_dtype = "bfloat16"
   state = flax_mechanic.make_optimizer(config).init(network.params())

@@ -1,5 +1,6 @@
 """Another run's checkpoint as the start: ours, or a plain Orbax job's."""
 
+import json
 import shutil
 
 import jax
@@ -21,6 +22,7 @@ from flax_mechanic import (
   load_params,
   mechanize,
 )
+from flax_mechanic.checkpoints import record
 
 BASES = {
   "adamw": lambda: optax.adamw(optax.constant_schedule(1e-2)),
@@ -115,8 +117,8 @@ def test_a_plain_run_under_mechanic(tmp_path, base, save):
   params = nnx.as_pure(nnx.state(new, nnx.Param))
   same(state.x0, params)
   assert (int(state.count), float(state.scale)) == (0, pytest.approx(6e-6))
-  assert told.startswith("of its optimizer ")
-  assert "x0" in told.split("afresh are")[1]
+  assert told.startswith("taken from its optimizer: ")
+  assert "x0" in told.split("restarts: ")[1]
   train_nnx(new, optimizer, 2)
 
 
@@ -139,7 +141,7 @@ def test_a_linen_run_of_optax_mechanize_goes_on_as_it_would(
     tx=mechanize(base, store_delta=store_delta, spike_factor=0.0),
   )
   ours, notes = ours.init_from(tmp_path / "plain")
-  assert "afresh" not in " ".join(notes)
+  assert "restarts" not in " ".join(notes)
   same(ours.params, theirs.params)
   kept = ours.opt_state.delta if store_delta else ours.opt_state.x0
   assert jax.tree.structure(kept) == jax.tree.structure(ours.params)
@@ -191,7 +193,7 @@ def test_what_else_lies_in_a_workdir_is_left_alone(run, tmp_path):
   state = ours({}, steps=0)
   state, (where, told) = state.init_from(tmp_path / "run")
   assert where == f"starting from {step}"
-  assert "mu" in told.split("afresh")[0]
+  assert "mu" in told.split("restarts")[0]
   same(state.params, saved.params)
 
 
@@ -223,7 +225,7 @@ def test_the_scale_of_a_group_of_several_leaves_is_not_guessed(tmp_path):
   groups = {"groups": "^hidden"}
   save_standard(tmp_path / "run", ours(groups | {"store_delta": True}))
   state, (_, told) = ours(groups, steps=0).init_from(tmp_path / "run")
-  assert "x0" in told.split("afresh are")[1]
+  assert "x0" in told.split("restarts: ")[1]
   same(state.opt_state.x0, state.params)
 
 
@@ -234,13 +236,13 @@ def test_the_scale_of_a_group_of_several_leaves_is_not_guessed(tmp_path):
     (mechanize(BASES["lion"]()), False),
   ],
 )
-def test_a_tuner_that_does_not_fit_starts_afresh(run, tx, moments):
+def test_a_tuner_that_does_not_fit_restarts(run, tx, moments):
   folder, saved = run
   state = TrainState.create(apply_fn=None, params=network.params(), tx=tx)
   state, notes = state.init_from(folder)
   assert int(state.opt_state.count) == 0
   same(state.opt_state.x0, saved.params)
-  assert "scale" in notes[-1].split("afresh are")[1]
+  assert "scale" in notes[-1].split("restarts: ")[1]
   mu = lambda state: state.opt_state.base_optimizer_state[0].mu
   if moments:
     same(mu(state), mu(saved))
@@ -293,15 +295,16 @@ def test_two_copies_are_one_too_many(tmp_path):
     load_params(tmp_path / "odd", w)
 
 
-def test_a_damaged_array_is_named(run, tmp_path, monkeypatch):
+def test_a_damaged_array_is_named(run, tmp_path):
   folder, saved = run
-  read = Checkpointer.read
-
-  def other_checksum(self, step):
-    record = read(self, step)
-    record["arrays"]["params/head"]["checksum"] = "0" * 16
-    return record
-
-  monkeypatch.setattr(Checkpointer, "read", other_checksum)
-  with pytest.raises(UsageError, match=r"array params/head of .*20 is damaged"):
+  folder = shutil.copytree(folder, tmp_path / "run")
+  path = folder / "checkpoints" / "20" / "record" / "metadata"
+  contents = record.unseal(json.loads(path.read_text()))
+  contents["arrays"]["params/head"]["checksum"] = "0" * 16
+  path.write_text(json.dumps(record.seal(contents)))
+  sentence = r"array params/head of .*/20 is damaged; name the folder of"
+  with pytest.raises(UsageError, match=sentence):
+    load_params(folder, saved.params)
+  path.write_text(path.read_text()[1:])
+  with pytest.raises(UsageError, match=r"/20 cannot be read .*; name the"):
     load_params(folder, saved.params)

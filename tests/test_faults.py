@@ -142,6 +142,21 @@ def test_a_record_that_reads_well_but_is_not_what_was_saved(folder):
   assert outcome(folder) == "detected"
 
 
+def test_a_step_that_is_damaged_again(folder):
+  target = jax.eval_shape(lambda: make_state(0))
+  names = ["damaged_2", "damaged_2_2", "damaged_2_3"]
+  with Checkpointer(folder) as checkpointer:
+    for i in range(3):
+      (folder / "2" / "state" / "manifest.ocdbt").write_text(f"damage {i}")
+      assert checkpointer.restore(target).step == 1
+      checkpointer.save(2, make_state(2), data={"step": 2})
+      checkpointer.wait()
+    assert checkpointer.steps() == [1, 2]
+  for i, name in enumerate(names):
+    damaged = folder / name / "state" / "manifest.ocdbt"
+    assert damaged.read_text() == f"damage {i}"
+
+
 def test_a_reader_moves_nothing(folder):
   shutil.rmtree(folder / "2" / "state" / "d")
   with Checkpointer(folder, read_only=True) as checkpointer:

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
       UsageError, match=r"model/linear/bias has another shape"
     ):
       checkpointer.restore(abstract(width=9), config=saved)
-    # Where the state lies changes no shape, and is not what is wrong.
+    # Placement changes no shape, and is not what is wrong.
     elsewhere = ConfigDict(
       {
         "optimizer": "mechanic",

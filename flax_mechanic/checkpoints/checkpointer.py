@@ -380,11 +380,8 @@ def _policy(
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
   handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  arrays, texts = ocp.StandardCheckpointHandler(), ocp.JsonCheckpointHandler()
-  handlers.add("state", ocp.args.StandardSave, arrays)
-  handlers.add("state", ocp.args.StandardRestore, arrays)
-  handlers.add("record", ocp.args.JsonSave, texts)
-  handlers.add("record", ocp.args.JsonRestore, texts)
+  handlers.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler())
+  handlers.add("record", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
   return handlers
 
 

@@ -94,7 +94,6 @@ class Checkpointer:
     self._lock = None if read_only else Lock(self.directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
-      handler_registry=_handlers(),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=_policy(keep, keep_every, best),
         cleanup_tmp_directories=not read_only,
@@ -376,13 +375,6 @@ def _policy(
       )
     )
   return preservation_policy.AnyPreservationPolicy(policies)
-
-
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-  handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-  handlers.add("state", ocp.args.StandardSave, ocp.StandardCheckpointHandler())
-  handlers.add("record", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
-  return handlers
 
 
 def _cast(leaf: Any, target: Any) -> Any:

@@ -101,7 +101,7 @@ class SavedArrays:
     }
     if descriptions is not None:
       found = describe(arrays, checksums(arrays))
-      wrong = [path for path in found if found[path] != descriptions[path]]
+      wrong = [path for path in found if found[path] != descriptions.get(path)]
       if wrong:
         raise DamageError(f"{_listed(wrong)} of {self._name} is damaged")
     return arrays

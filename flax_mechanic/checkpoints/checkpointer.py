@@ -354,8 +354,8 @@ class Checkpointer:
         f"step {step} in {self.directory} does not fit this run "
         f"({', '.join(differences[:3])}{f' and {more} more' * (more > 0)}): "
         f"{record_lib.blame(changed)}; "
-        "restore the saved values, or carry over what fits: another "
-        f"--workdir and --config.init_from={self.directory}"
+        "set it back, or carry over what fits with another --workdir and "
+        f"--config.init_from={self.directory}"
       )
 
 

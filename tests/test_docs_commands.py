@@ -210,7 +210,7 @@ def test_commands_run_one_after_the_other(page, folder, capfd):
   train = importlib.import_module("train.main").main
   newest = None
   for number, (module, arguments) in enumerate(runs(page)):
-    main = importlib.import_module(module).main
+    main = main_of(module)
     if module not in FOLDERS:
       # DIR stands for a folder of each run's own.
       mine = [w.replace("=DIR", f"=DIR{number}") for w in arguments]

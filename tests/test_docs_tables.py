@@ -1,4 +1,4 @@
-"""What the tables of README.md and docs/ say is so."""
+"""What the tables of README.md and docs/ say is true."""
 
 import ast
 import inspect
@@ -21,7 +21,7 @@ from train import flags
 
 
 def methods():
-  """Returns the registry, without what other tests have registered."""
+  """Returns the registry without the rows that other tests have added."""
   rows = flax_mechanic.methods().items()
   return {name: row for name, row in rows if row.paper}
 
@@ -74,7 +74,7 @@ def test_the_table_of_needs_is_the_registry_s():
 
 
 def refused(wrapper):
-  """Returns the bases that a wrapper refuses, and those that it warns of."""
+  """Returns the bases that a wrapper refuses, and those it warns about."""
   refuses, warns = set(), set()
   for name in methods():
     with warnings.catch_warnings(record=True) as caught:
@@ -107,7 +107,7 @@ def test_the_table_of_bases_is_what_is_refused():
 
 
 def listed(page, start):
-  """Returns the names in inline code of the first sentence that starts so."""
+  """Returns the names in inline code in the sentence after `start`."""
   text = " ".join(pages.prose(page).split())
   sentence = text[text.index(start) + len(start) :]
   return re.findall(r"`([\w.]+)`", re.split(r"[:;.] ", sentence)[0])
@@ -156,7 +156,7 @@ def test_the_table_of_bytes_is_what_is_held():
         assert state / count == pytest.approx(int(cell), abs=0.1), label
 
 
-def said(cell):
+def stated(cell):
   """Returns the default that a cell states; "none" is None."""
   text = cell.strip("`")
   if text == "none":
@@ -167,7 +167,7 @@ def said(cell):
     return text
 
 
-def default(value):
+def as_stated(value):
   """Returns a default as a page states it: None for a type and for ()."""
   return None if isinstance(value, type) or value == () else value
 
@@ -175,8 +175,8 @@ def default(value):
 def test_the_table_of_mechanic_s_options_is_the_registry_s():
   rows = pages.table("docs/options.md", "| option | default | meaning |")
   options = methods()["mechanic"].options
-  assert {name.strip("`"): said(cell) for name, cell, _ in rows} == {
-    name: default(value) for name, value in options.items()
+  assert {name.strip("`"): stated(cell) for name, cell, _ in rows} == {
+    name: as_stated(value) for name, value in options.items()
   }
 
 
@@ -184,8 +184,8 @@ def test_the_two_sets_of_defaults_are_the_registry_s():
   rows = pages.table("docs/options.md", "| option | `mechanize` | `mechanic` |")
   drop_in, flag = (methods()[n].options for n in ("mechanize", "mechanic"))
   assert drop_in.keys() == flag.keys()
-  assert {name.strip("`"): (said(a), said(b)) for name, a, b in rows} == {
-    name: (default(drop_in[name]), default(flag[name]))
+  assert {name.strip("`"): (stated(a), stated(b)) for name, a, b in rows} == {
+    name: (as_stated(drop_in[name]), as_stated(flag[name]))
     for name in flag
     if drop_in[name] != flag[name]
   }
@@ -210,13 +210,13 @@ def test_the_table_of_fields_is_every_job_s():
     }
   assert listed.pop("opt.NAME.OPTION")
   fields = dict(flat(config))
-  # The task is a matter of the job's file.
+  # Each job's file sets its task.
   assert fields.keys() - listed.keys() == {"task"}
   assert listed.keys() <= fields.keys()
   for name, cell in listed.items():
     if not cell.startswith("the "):
-      expected = None if fields[name] == "" else default(fields[name])
-      assert said(cell) == expected, name
+      expected = None if fields[name] == "" else as_stated(fields[name])
+      assert stated(cell) == expected, name
 
 
 def test_the_readme_s_summary_is_a_part_of_the_sweep_s():
@@ -272,7 +272,7 @@ def test_options_of_others_have_these_names_and_defaults():
       assert ast.literal_eval(said) == theirs[name]
       if same:
         assert ast.literal_eval(own) == ours[same[0]]
-    # Nothing of ours by a name that has none here.
+    # An option that the table maps to nothing is not one of ours.
     assert same or name not in ours
   assert len(theirs["betas"]) == ours["num_betas"]
   for i, beta in enumerate(theirs["betas"], 1):

@@ -1,13 +1,11 @@
 """Runs of a job that differ in learning rate and seed, as one program."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
@@ -64,19 +62,18 @@ class Runs:
       axis_types=(AxisType.Auto,) * len(mesh_lib.AXES),
     )
     task = tasks[0]
-    with jax.set_mesh(self._mesh):
-      graphdef, _ = nnx.split(
-        nnx.eval_shape(
-          lambda: job_lib.create_objects(
-            task, self._config, self._tx(1.0, jnp.ones(max_steps)), 0
-          )
-        )
+
+    def functions(
+      rate: jax.typing.ArrayLike, shape: jax.Array
+    ) -> job_lib.Functions:
+      tx = flax_mechanic.make_optimizer(
+        self._config, lambda count: rate * shape[count]
       )
+      return job_lib.Functions(task, self._config, tx)
 
     def create(run: tuple[jax.Array, jax.Array], shape: jax.Array) -> nnx.State:
       rate, seed = run
-      tx = self._tx(rate, shape)
-      return nnx.state(job_lib.create_objects(task, self._config, tx, seed))
+      return functions(rate, shape).create(seed)
 
     def train(
       state: nnx.State,
@@ -85,15 +82,13 @@ class Runs:
       batches: job_lib.Batch,
     ) -> tuple[nnx.State, job_lib.Metrics]:
       rate, seed = run
-      step = functools.partial(
-        job_lib.train_step, task, graphdef, tx=self._tx(rate, shape)
-      )
       own = jax.tree.map(lambda each: each[seed], batches)
+      step = functions(rate, shape).train_step
       state, measured = jax.lax.scan(step, state, own)
       return state, jax.tree.map(lambda values: values[-1], measured)
 
     def evaluate(state: nnx.State, batch: job_lib.Batch) -> job_lib.Metrics:
-      return job_lib.eval_step(task, graphdef, state, batch)
+      return functions(1.0, jnp.ones(max_steps)).eval_step(state, batch)
 
     def over_runs(function: Callable, count: int) -> Callable:
       """Maps a function over the runs of its first `count` arguments."""
@@ -149,13 +144,6 @@ class Runs:
         if step == until:
           measured = _without(measured, "train/") | self._splits(state)
           yield _rows(runs, step, jax.device_get(measured))
-
-  def _tx(
-    self, rate: jax.typing.ArrayLike, shape: jax.Array
-  ) -> optax.GradientTransformation:
-    return flax_mechanic.make_optimizer(
-      self._config, lambda count: rate * shape[count]
-    )
 
   def _shape(self, num_steps: int) -> jax.Array:
     """Returns the schedule of a run of that length, [max_steps]."""

@@ -104,12 +104,10 @@ def train(
         if news:
           progress.update(step, news)
         if last or stopped or step % config.checkpoint_every == 0:
-          data = {"seed": config.seed, "step": step}
           checkpointer.save(
             step,
             state,
             config=config,
-            data=data,
             metrics=_floats(metrics) | news,
           )
         if stopped and not last:

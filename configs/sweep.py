@@ -17,23 +17,21 @@ import ml_collections
 from flax_mechanic.errors import UsageError, did_you_mean
 
 _MOMENTUM = "opt.sgd.momentum=0.9"
-_DROP_IN = (
-  "optimizer=mechanic opt.mechanic.relative_s_init=0 opt.mechanic.groups="
-  " opt.mechanic.weight_decay=0.01 opt.mechanic.mean_decay=False"
-  " opt.mechanic.eps=1e-8"
-)
 _TUNED = ("adamw", f"sgd: optimizer=sgd {_MOMENTUM}", "lion")
 _MECHANIC = (
   "mechanic",
   f"mechanic(sgd): optimizer=mechanic opt.mechanic.base=sgd {_MOMENTUM}",
   "mechanic(lion): optimizer=mechanic opt.mechanic.base=lion",
 )
+_DROP_IN = (
+  "drop-in: optimizer=mechanize",
+  f"drop-in(sgd): optimizer=mechanize opt.mechanize.base=sgd {_MOMENTUM}",
+  "drop-in(lion): optimizer=mechanize opt.mechanize.base=lion",
+)
 _METHODS = (
   *_TUNED,
   *_MECHANIC,
-  f"drop-in: {_DROP_IN}",
-  f"drop-in(sgd): {_DROP_IN} opt.mechanic.base=sgd {_MOMENTUM}",
-  f"drop-in(lion): {_DROP_IN} opt.mechanic.base=lion",
+  *_DROP_IN,
   "prodigy",
   "dadapt_adamw",
   "dog",
@@ -72,12 +70,12 @@ _VARIANTS = {
   "": {},
   "quick": {
     **_FEW,
-    "methods": (*_TUNED, *_MECHANIC, f"drop-in: {_DROP_IN}", "prodigy"),
+    "methods": (*_TUNED, *_MECHANIC, _DROP_IN[0], "prodigy"),
     "num_steps": (400,),
   },
   "range": {
     **_FEW,
-    "methods": ("adamw", *_MECHANIC, f"drop-in: {_DROP_IN}"),
+    "methods": ("adamw", *_MECHANIC, _DROP_IN[0]),
     "learning_rates": {"adamw": _RANGE},
     "factors": _RANGE,
     "num_steps": (400,),
@@ -95,7 +93,6 @@ _VARIANTS = {
           ("rho=0.1", "relative_s_init=0.1"),
           ("decay=0.01", "weight_decay=0.01"),
           ("mean_decay=False", "mean_decay=False"),
-          ("tuned for 80", "tune_steps=80"),
         )
       ),
     ),

@@ -154,8 +154,8 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
     ),
     (
       "--config.names=c",
-      "--config.names is a list, which no flag sets; make it a number, a "
-      "text or a tuple in the config file",
+      "--config.names is a list, which no flag can set; make it a number, a "
+      "string or a tuple in the config file",
     ),
     (
       "--config.opt.sgd.nesterov=maybe",
@@ -173,13 +173,14 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
     ),
     (
       "--noconfig.optimizer",
-      "--noconfig.optimizer switches a bool off, and config.optimizer is of "
-      "type str; type --config.optimizer=adamw",
+      "--noconfig.optimizer: config.optimizer is of type str; type "
+      "--config.optimizer=adamw",
     ),
     (
       "--noconfig.opt.sgd.nesterov=false",
-      "--noconfig.opt.sgd.nesterov takes no value; type "
-      "--config.opt.sgd.nesterov=true or --config.opt.sgd.nesterov=false",
+      "--noconfig.opt.sgd.nesterov=false: config.opt.sgd.nesterov is of type "
+      "bool; type --config.opt.sgd.nesterov=true or "
+      "--config.opt.sgd.nesterov=false",
     ),
     (
       "--config.schedule=constant",

@@ -151,7 +151,7 @@ def override(
   Raises:
     UsageError: an unknown field, a group of fields, or a value of another type.
   """
-  values: dict[str, list[str]] = {}
+  given: dict[str, list[str]] = {}
   for flag, value in overrides:
     path = flag.removeprefix("no").removeprefix("config.")
     holder, key = _find(config, path)
@@ -161,31 +161,22 @@ def override(
         f"--{flag} is a group of fields; set one of "
         + ", ".join(f"--{flag}.{name}" for name in holder[key])
       )
-    example = _example(path, holder[key], kind)
-    if flag.startswith("no"):
-      if kind is not bool:
-        raise UsageError(
-          f"--{flag} switches a bool off, and config.{path} is of type "
-          f"{kind.__name__}; type {example}"
-        )
-      if value is not None:
-        raise UsageError(f"--{flag} takes no value; type {example}")
-      value = "false"
-    elif value is None and kind is bool:
-      value = "true"
-    elif value is None:
-      raise UsageError(f"--{flag} has no value; type {example}")
+    if value is None and kind is not bool and not flag.startswith("no"):
+      raise UsageError(
+        f"--{flag} has no value; type {_example(path, holder[key], kind)}"
+      )
     if holder[key] is None and value == "None":
-      values.pop(path, None)
+      given.pop(path, None)
       continue
     if kind is type(None):
       # ml_collections 1.1 has no parser for a field that is plainly None.
       with config.unlocked():
         holder[key] = config_dict.placeholder(object)
-    values.setdefault(path, []).append(value)
+    argument = f"--{flag}" if value is None else f"--{flag}={value}"
+    given.setdefault(path, []).append(argument)
 
-  for path, texts in values.items():
-    arguments = ["", *(f"--config.{path}={text}" for text in texts)]
+  for path, arguments in given.items():
+    arguments = ["", *arguments]
     parser = absl.flags.FlagValues()
     holder, key = _find(config, path)
     kind = holder.get_type(key)
@@ -195,15 +186,15 @@ def override(
       )
     except absl.flags.Error:
       raise UsageError(
-        f"--config.{path} is a {kind.__name__}, which no flag sets; make it a "
-        "number, a text or a tuple in the config file"
+        f"--config.{path} is a {kind.__name__}, which no flag can set; make it "
+        "a number, a string or a tuple in the config file"
       ) from None
     try:
       parser(arguments)
-    except absl.flags.Error:
+    except (absl.flags.Error, ValueError):
       raise UsageError(
-        f"--config.{path}={texts[-1]}: config.{path} is of type "
-        f"{kind.__name__}; type {_example(path, holder[key], kind)}"
+        f"{arguments[-1]}: config.{path} is of type {kind.__name__}; type "
+        + _example(path, holder[key], kind)
       ) from None
 
 

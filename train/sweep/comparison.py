@@ -170,14 +170,14 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
       ]
     )
   head = [
-    f"loss over {first}'s, tuned"
+    f"loss over tuned {first}'s"
     if result["tuned"].iloc[0]
     else f"loss over {first}'s",
     "geometric mean",
     "95% interval",
     "held-out loss",
     "training loss",
-    "held-out loss there",
+    "held-out loss, memorized jobs",
     "worst",
     "worst accuracy, points",
     "failed runs",

@@ -99,8 +99,8 @@ def test_what_stands_beside_the_job_s_optimizer(optimizer, base, names):
   ("arguments", "words"),
   [
     ([CONFIG], "--topology is missing; type --topology=v5e:16x16"),
-    ([CONFIG, "--topology=v7:2"], "--topology=v7:2 is not known; type"),
-    ([CONFIG, "--topology=v5e:2"], "--topology=v5e:2 is not known; type"),
+    ([CONFIG, "--topology=v7:2"], "--topology=v7:2 is unknown; type"),
+    ([CONFIG, "--topology=v5e:2"], "--topology=v5e:2 is unknown; type"),
     ([CONFIG, "--topolgy=cpu:8"], "did you mean --topology?"),
     ([CONFIG, "--workdir=x", "--topology=cpu:8"], "there is no flag --workdir"),
     (["--topology=cpu:8"], "--config is missing"),

@@ -234,8 +234,8 @@ def test_bad_argument(job, capsys, argument, sentence):
     ),
     (
       "configs/plain.py",
-      "--config=configs/plain.py: get_config returned a dict, where a "
-      "ConfigDict is wanted",
+      "--config=configs/plain.py: get_config returned a dict; it must "
+      "return a ConfigDict",
     ),
     (
       "configs/plain.py:small",
@@ -244,7 +244,7 @@ def test_bad_argument(job, capsys, argument, sentence):
     ),
     (
       "configs/wants.py",
-      "--config=configs/wants.py: configs/wants.py wants a variant; type "
+      "--config=configs/wants.py: configs/wants.py needs a variant; type "
       "--config=configs/wants.py:VARIANT",
     ),
     ("configs/job.py:huge", "there is no variant 'huge'"),
@@ -263,8 +263,8 @@ def test_bad_config(job, capsys, config, sentence):
     ("file/x", "--workdir=file/x cannot be written: Not a directory"),
     (
       "gs://bucket/x",
-      "--workdir=gs://bucket/x is a URL; mount the bucket (gcsfuse, for one) "
-      "and give its directory",
+      "--workdir=gs://bucket/x is a URL; mount the bucket (with gcsfuse, "
+      "say) and type the directory",
     ),
   ],
 )
@@ -473,7 +473,7 @@ def test_subprocess_that_nobody_reads(tmp_path, module):
   )
   os.close(writer)
   assert done.returncode == 1
-  assert "what read this output has gone" in done.stderr
+  assert "the reader of this output has gone" in done.stderr
   assert "Traceback" not in done.stderr
 
 

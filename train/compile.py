@@ -81,12 +81,12 @@ def _devices(topology: str) -> Sequence[Any]:
   """Returns the topology's devices.
 
   Raises:
-    UsageError: there is no such topology, or no compiler for it here.
+    UsageError: there is no such topology, or no compiler for it is installed.
   """
   match = _FORMAT.fullmatch(topology)
   if not match:
     raise UsageError(
-      f"--topology={topology} is not known; type --topology=v5e:16x16 (or v4, "
+      f"--topology={topology} is unknown; type --topology=v5e:16x16 (or v4, "
       "v5p, v6e) or --topology=cpu:8"
     )
   jax.config.update("jax_platforms", "cpu")

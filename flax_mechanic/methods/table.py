@@ -76,9 +76,7 @@ register(
   options={
     "base": "adamw",
     "learning_rate": 1.0,
-    **default_options(
-      mechanize, betas=tuple, spike_factor=float, x0_dtype=str
-    ),
+    **default_options(mechanize, betas=tuple, spike_factor=float, x0_dtype=str),
   },
   tuned=False,
   schedule=None,

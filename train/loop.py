@@ -138,9 +138,12 @@ def _start(
   restored = checkpointer.restore(job.target, config=config)
   notes = list(restored.damaged)
   notes += [f"resuming {checkpointer.directory} at step {restored.step}"]
+  used = _used(config)
+  unused = tuple(f"opt.{name}." for name in config.opt if name not in used)
   notes += [
     f"config.{field} was {old!r} and is now {new!r}"
     for field, (old, new) in restored.changed.items()
+    if not field.startswith(unused)
   ]
   return restored.step, restored.state, notes
 
@@ -148,9 +151,13 @@ def _start(
 def _hparams(config: ConfigDict) -> dict[str, Any]:
   """Returns the config, flattened, with the options of the methods in use."""
   hparams = json.loads(config.to_json_best_effort())
-  used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
-  hparams["opt"] = {name: hparams["opt"][name] for name in used}
+  hparams["opt"] = {name: hparams["opt"][name] for name in _used(config)}
   return traverse_util.flatten_dict(hparams, sep=".")
+
+
+def _used(config: ConfigDict) -> Sequence[str]:
+  """Returns the names of the methods in use."""
+  return [row.name for row in stack.resolve(config.optimizer, config.opt)]
 
 
 def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:

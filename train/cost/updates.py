@@ -85,7 +85,7 @@ def bases() -> Sequence[str]:
 def base_copies(base: str) -> float:
   """Returns what a base's update must read and write, in copies.
 
-  That is g, x and its state; x and its state are also written.
+  It reads g, x and its state, and writes x and its state.
   """
   params = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
   state = jax.eval_shape(Update("", 0).make(base).init, params)
@@ -93,6 +93,7 @@ def base_copies(base: str) -> float:
   return 3 + 2 * round(held / (params.size * 4), 1)
 
 
+# Optax's own, read before the flag repairs it.
 _VDOT = _tree_math._vdot
 
 

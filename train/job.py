@@ -136,7 +136,7 @@ class Job:
   ) -> tuple[nnx.State, Sequence[str]]:
     """Returns a new state that starts where another run's checkpoint ended.
 
-    With it come sentences on what was taken and what restarts.
+    Also returns notes on what was taken over and what restarts.
     """
     objects = nnx.merge(self.functions.graphdef, self.create())
     notes = objects["optimizer"].init_from(

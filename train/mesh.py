@@ -105,7 +105,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Constrains an activation's placement by `RULES`; call it while tracing.
 
   Args:
-    x: on a mesh with automatic axes; on no mesh, it is returned unchanged.
+    x: an activation; returned unchanged unless the mesh set has automatic axes.
     *axes: the logical name of each dimension.
   """
   mesh = jax.sharding.get_abstract_mesh()

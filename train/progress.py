@@ -83,7 +83,7 @@ class Progress:
       self._rich.stop()
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Tells that `step` is done.
+    """Reports that `step` is done.
 
     Args:
       step: how many steps are done.

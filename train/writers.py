@@ -62,7 +62,7 @@ class MetricWriter:
     """Writes tensors for a custom TensorBoard plugin."""
 
   def flush(self) -> None:
-    """Flushes what was written to the disk."""
+    """Writes what is buffered to the disk."""
 
   def close(self) -> None:
     """Flushes, and closes the files."""

@@ -129,7 +129,7 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
 
 
 def rows_of(units: Sequence[plan.Unit], file: Path) -> list[Row]:
-  """Returns the file's rows of these units, with what tells the units apart."""
+  """Returns the file's rows of these units, with the units' attributes."""
   found = {plan.key(row): row for row in read(file)}
   return [
     found[key] | {name: getattr(unit, name) for name in _OF_UNIT}

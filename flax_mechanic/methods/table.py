@@ -85,6 +85,21 @@ _register_mechanic(
 )
 
 register(
+  "mechanize",
+  lambda base, learning_rate, **options: mechanize(base, **options),
+  options={
+    "base": "adamw",
+    "learning_rate": 1.0,
+    **default_options(mechanize, betas=tuple, spike_factor=float, x0_dtype=str),
+  },
+  tuned=False,
+  schedule=None,
+  summary="Mechanic with the default options of optax.contrib.mechanize",
+  advice="to reproduce runs of optax's; otherwise mechanic",
+  paper="Cutkosky, Defazio, Mehta 2023, arXiv 2306.00144",
+)
+
+register(
   "adamw",
   optax.adamw,
   options=default_options(optax.adamw, mu_dtype=str),

@@ -11,7 +11,7 @@ from flax.nnx import filterlib
 from flax.nnx import optimizer as optimizer_lib
 from jax.sharding import NamedSharding
 
-from flax_mechanic import step as step_lib
+from flax_mechanic import step
 from flax_mechanic.methods import readers, stack
 from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.paths import parameter_of
@@ -74,7 +74,7 @@ class Optimizer(nnx.Optimizer):
     self.opt_state = nnx.data(_init(tx, params, self.state_shardings))
     self.step.set_value(self.shardings.place(self.step.get_value()))
     if not is_traced(nnx.as_pure(params)):
-      # In the words of the step's results, or it would compile twice.
+      # As the step's results are placed, or the step would compile twice.
       nnx.update(model, self.shardings.place(nnx.as_pure(params)))
 
   def update(
@@ -136,7 +136,7 @@ class Optimizer(nnx.Optimizer):
     if "per_example" in stack.needs(self.tx) and nnx.filter_state(
       rest, nnx.BatchStat
     ):
-      step_lib.refuse_batch_statistics()
+      step.refuse_batch_statistics()
 
     kept = {path for path, _ in nnx.to_flat_state(rest)}
 
@@ -148,7 +148,7 @@ class Optimizer(nnx.Optimizer):
       return loss, (aux, nnx.as_pure(rest))
 
     params = nnx.as_pure(params)
-    (loss, aux), updates, opt_state, rest = step_lib.step(
+    (loss, aux), updates, opt_state, rest = step.minimize(
       self.tx,
       pure_loss,
       params,

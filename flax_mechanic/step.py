@@ -16,7 +16,7 @@ from flax_mechanic.placement import Shardings
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
 
 
-def step(
+def minimize(
   tx: optax.GradientTransformation,
   loss_fn: LossFn,
   params: optax.Params,

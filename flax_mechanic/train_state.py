@@ -11,7 +11,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from flax_mechanic import step as step_lib
+from flax_mechanic import step
 from flax_mechanic.methods import readers
 from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.placement import Shardings, is_traced, on_device
@@ -79,8 +79,8 @@ class TrainState(train_state.TrainState):
       **fields,
     )
     # An array from the start, so that the step compiles once.
-    step = shardings.place(jnp.zeros([], jnp.int32))
-    return state.replace(step=step, tx=tx)
+    count = shardings.place(jnp.zeros([], jnp.int32))
+    return state.replace(step=count, tx=tx)
 
   def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
     """Returns the state after an update.
@@ -133,7 +133,7 @@ class TrainState(train_state.TrainState):
       loss, aux = output if has_aux else (output, None)
       return loss, (aux, carried)
 
-    (loss, aux), updates, opt_state, _ = step_lib.step(
+    (loss, aux), updates, opt_state, _ = step.minimize(
       self.tx,
       pure_loss,
       self.params,

@@ -36,8 +36,10 @@ assert float(updates["w"][0]) < 0
 
 config = flax_mechanic.add_optimizer_config(ConfigDict(), "mechanic")
 flax_mechanic.make_optimizer(config).init(params)
-for name in ("mechanic", "config", "checkpoint"):
-  module = sys.modules[f"flax_mechanic.{name}"]
+for name in (
+  "mechanic.transform", "methods.config", "checkpoints.checkpointer"
+):
+  module = importlib.import_module(f"flax_mechanic.{name}")
   failed, tried = doctest.testmod(module)
   assert tried and not failed
 for name in ("train", "configs", "tests", "colab", "docs"):

@@ -260,7 +260,7 @@ def test_record_keeps_what_the_update_measured():
     "moved": optax.tree.norm(updates),
     "first": x["a"].sum() + state.count,
   }
-  tx = features.record(optax.scale_by_schedule(lambda _: 0.5), measure)
+  tx = features.measured(optax.scale_by_schedule(lambda _: 0.5), measure)
   x = params()
   state = tx.init(x)
   assert state.scalars == {"moved": 0, "first": 0}

@@ -49,7 +49,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
     job = make_job(_config(checkpointer.read(latest)), jax.devices()[:1])
 
     def exported(state: nnx.State) -> nnx.State:
-      objects = nnx.merge(job.graphdef, state)
+      objects = nnx.merge(job.functions.graphdef, state)
       model = objects["optimizer"].eval_model(objects["model"])
       return nnx.state(model, nnx.Not(nnx.RngState))
 

@@ -480,8 +480,6 @@ def _load_mechanic(
       values[mine] = jax.device_put(
         value.astype(leaves[mine].dtype), leaves[mine].sharding
       )
-  if "scale" in fields:
-    values.setdefault(fields["scale"][""], S)
   return values
 
 

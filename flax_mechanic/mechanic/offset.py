@@ -83,13 +83,14 @@ class Kept:
   """A leaf that keeps x0 and Delta; the attributes are those of `Recovered`.
 
   Attributes:
+    eps: added to S.
     kept: Delta_t before it shrinks, which is kept.
   """
 
   x: jax.Array
   x0: jax.Array
   S: jax.Array
-  inverse: jax.Array
+  eps: jax.typing.ArrayLike
   dtype: jnp.dtype
   kept: jax.Array
 
@@ -101,7 +102,7 @@ class Kept:
   @property
   def delta(self) -> jax.Array:
     """Delta_t."""
-    return self.kept * (self.S * self.inverse)
+    return self.kept * (self.S / (self.S + self.eps))
 
   def advance(
     self, u: jax.Array, S: jax.Array, accept: Accept

@@ -200,8 +200,13 @@ def _row_sums(
   whole = flat[0].size // _ROW * _ROW
   sums = []
   if whole:
-    rows = [part[:whole].reshape(-1, _ROW) for part in flat]
-    sums.append(_reduce(_multiply(*rows, products=products)))
+    # Two terms at a time, since an addition waits for the one before it.
+    pairs = [part[:whole].reshape(-1, _ROW // 2, 2) for part in flat]
+    even, odd = (
+      _multiply(*(part[..., i] for part in pairs), products=products)
+      for i in (0, 1)
+    )
+    sums.append(_reduce(map(operator.add, even, odd)))
   if whole < flat[0].size:
     rest = [part[whole:].reshape(1, -1) for part in flat]
     sums.append(_reduce(_multiply(*rest, products=products)))

@@ -277,8 +277,9 @@ class _Mechanic:
     usual_norm = _mean(
       state.usual_norm, jnp.minimum(norm, limit), _SPIKE_WINDOW
     )
-    # Without it XLA:CPU computes the scalars anew in each leaf's fusion (jax
-    # 0.12).
+    # Without the barriers XLA:CPU computes the scalars anew in each leaf's
+    # fusion, and S not quite as the sum of the s that is kept (jax 0.12).
+    tuned = jax.lax.optimization_barrier(tuned)
     ok, S = jax.lax.optimization_barrier(
       (finite & (norm <= limit), jnp.sum(tuned.s, -1))
     )
@@ -320,7 +321,7 @@ class _Mechanic:
       if isinstance(delta, optax.MaskedNode):
         first = state.count == 0
         return offset.Recovered(x, x0, S, inverse, state.s.dtype, first)
-      return offset.Kept(x, x0, S, inverse, state.s.dtype, delta)
+      return offset.Kept(x, x0, S, self.tuner.eps, state.s.dtype, delta)
 
     S = state.scale
     inverse = groups.spread(1 / (S + self.tuner.eps), params)

@@ -60,8 +60,8 @@ def average_iterates(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-class RecordedState(NamedTuple):
-  """State of `record`.
+class MeasuredState(NamedTuple):
+  """State of `measured`.
 
   Attributes:
     inner_state: the wrapped transformation's.
@@ -72,7 +72,7 @@ class RecordedState(NamedTuple):
   scalars: dict[str, jax.Array]
 
 
-def record(
+def measured(
   tx: optax.GradientTransformation,
   measure: Callable[..., dict[str, jax.Array]],
 ) -> optax.GradientTransformationExtraArgs:
@@ -87,7 +87,7 @@ def record(
   def init(params):
     inner_state = tx.init(params)
     names = jax.eval_shape(measure, params, inner_state, params)
-    return RecordedState(
+    return MeasuredState(
       inner_state, {name: jnp.zeros([], jnp.float32) for name in names}
     )
 
@@ -99,7 +99,7 @@ def record(
       name: jnp.asarray(value, jnp.float32)
       for name, value in measure(updates, inner_state, params).items()
     }
-    return updates, RecordedState(inner_state, scalars)
+    return updates, MeasuredState(inner_state, scalars)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

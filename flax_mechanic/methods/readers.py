@@ -12,10 +12,15 @@ from flax import nnx
 from optax import contrib
 from optax.schedules import InjectStatefulHyperparamsState
 
-from flax_mechanic.methods import registry
+from flax_mechanic.mechanic import MechanicState
+from flax_mechanic.methods import features, registry
+from flax_mechanic.methods.registry import Scalars
+
+# A state -> scalars, or a state and parameters -> parameters.
+Reader = Callable[..., Any]
 
 
-def scalars(opt_state: Any) -> registry.Scalars:
+def scalars(opt_state: Any) -> Scalars:
   """Returns what the optimizer has learned, out of any nesting of states.
 
   Args:
@@ -33,40 +38,17 @@ def scalars(opt_state: Any) -> registry.Scalars:
     >>> sorted(scalars(state))
     ['learning_rate/effective', 'mechanic/scale', 'mechanic/skipped']
   """
-  readers: dict[type, Callable[[Any], registry.Scalars]] = {
-    InjectStatefulHyperparamsState: _injected_learning_rate
-  }
-  for row in registry.methods().values():
-    readers |= dict(row.scalars)
-  found: registry.Scalars = {}
+  readers = {InjectStatefulHyperparamsState: injected_learning_rate}
+  found: Scalars = {}
   factors = []
-  for state in _states(nnx.as_pure(opt_state), tuple(readers)):
-    values = readers[type(state)](state)
+  for read, state in _find("scalars", nnx.as_pure(opt_state), readers):
+    values = read(state)
     if "learning_rate" in values:
       factors.append(values.pop("learning_rate"))
     found |= values
   if factors:
     found["learning_rate/effective"] = functools.reduce(operator.mul, factors)
   return found
-
-
-def _injected_learning_rate(
-  state: InjectStatefulHyperparamsState,
-) -> registry.Scalars:
-  injected = state.hyperparams
-  return {
-    name: jnp.asarray(injected[name])
-    for name in ("learning_rate",)
-    if name in injected
-  }
-
-
-def _states(tree: Any, types: tuple[type, ...]) -> Iterator[Any]:
-  """Yields every state of the given types, the outermost first."""
-  for node in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, types)):
-    if isinstance(node, types):
-      yield node
-      yield from _states(tuple(node), types)
 
 
 def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
@@ -87,16 +69,98 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     >>> eval_params(tx.init(params), params)["w"].shape
     (2,)
   """
-  readers: dict = {}
-  for row in registry.methods().values():
-    readers |= dict(row.eval_params)
-  types = tuple(readers)
-  for node in jax.tree.leaves(
-    opt_state, is_leaf=lambda node: isinstance(node, types)
-  ):
-    if isinstance(node, types):
-      return readers[type(node)](node, params)
+  for read, state in _find("eval_params", opt_state, {}):
+    return read(state, params)
   return params
+
+
+def _find(
+  field: str,
+  opt_state: Any,
+  others: dict[type, Reader],
+) -> Iterator[tuple[Reader, Any]]:
+  """Yields the states that a row reads, with their readers, outermost first.
+
+  Args:
+    field: of a row, "scalars" or "eval_params": state type -> reader.
+    opt_state: any nesting of states.
+    others: more readers.
+  """
+  readers = dict(others)
+  for row in registry.methods().values():
+    readers |= getattr(row, field)
+  types = tuple(readers)
+  is_read = lambda node: isinstance(node, types)
+
+  def walk(tree: Any) -> Iterator[tuple[Reader, Any]]:
+    for node in filter(is_read, jax.tree.leaves(tree, is_leaf=is_read)):
+      yield readers[type(node)], node
+      yield from walk(tuple(node))
+
+  return walk(opt_state)
+
+
+def injected_learning_rate(state: InjectStatefulHyperparamsState) -> Scalars:
+  """Reads the schedule's present value."""
+  injected = state.hyperparams
+  return {
+    name: jnp.asarray(injected[name])
+    for name in ("learning_rate",)
+    if name in injected
+  }
+
+
+def mechanic(state: MechanicState) -> Scalars:
+  """Reads the learned scale: its mean and range over groups."""
+  scale = jnp.mean(state.scale)
+  found = {
+    "mechanic/scale": scale,
+    "mechanic/skipped": state.skipped,
+    "learning_rate": scale,
+  }
+  if state.scale.ndim:
+    found["mechanic/scale_min"] = jnp.min(state.scale)
+    found["mechanic/scale_max"] = jnp.max(state.scale)
+  return found
+
+
+def optax_mechanic(state: contrib.MechanicState) -> Scalars:
+  """Reads the learned scale of optax's own mechanize."""
+  scale = jnp.sum(state.s)
+  return {"mechanic/scale": scale, "learning_rate": scale}
+
+
+def distance_estimate(name: str) -> Callable[[Any], Scalars]:
+  """Scalars of a method that learns d, the distance to the solution."""
+  return lambda state: {
+    f"{name}/d": state.estim_lr,
+    "learning_rate": state.estim_lr,
+  }
+
+
+def dog(state: contrib.DoGState) -> Scalars:
+  """Reads the distance moved and the step that follows from it."""
+  squares = state.sum_sq_norm_grads
+  rate = jnp.where(squares > 0, state.max_dist * jax.lax.rsqrt(squares), 0.0)
+  return {"dog/distance": state.max_dist, "learning_rate": rate}
+
+
+def dowg(state: contrib.DoWGState) -> Scalars:
+  """Reads the distance moved and the step that follows from it."""
+  # Without eps, which the state does not hold.
+  squares = state.weighted_sq_norm_grads
+  rate = jnp.where(
+    squares > 0, state.estim_sq_dist * jax.lax.rsqrt(squares), 0.0
+  )
+  return {
+    "dowg/distance": jnp.sqrt(state.estim_sq_dist),
+    "learning_rate": rate,
+  }
+
+
+def measured(state: features.MeasuredState) -> Scalars:
+  """Reads what `features.measured` kept."""
+  return dict(state.scalars)
 
 
 def averaged(state: Any, params: optax.Params) -> optax.Params:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -193,23 +194,29 @@ def on_any_mesh(
   return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+# The function is optax's, so it is replaced by one thread at a time.
+_REPLACING_VDOT = threading.RLock()
+
+
 @contextlib.contextmanager
 def _vdot_without_ravel() -> Iterator[None]:
-  """Has `optax.tree.vdot` reduce leaves where they lie.
+  """Has `optax.tree.vdot` reduce leaves where they are placed.
 
-  optax 0.2.8 means to from jax 0.7.2 on, but compares versions as texts, so
-  that jax 0.10 ravels: leaves that are sharded over two axes are gathered.
-  Mended in optax's repository, in no release yet; then this does nothing.
+  optax 0.2.8 does so from jax 0.7.2 on, but compares versions as strings, so
+  that with jax 0.10 it ravels: leaves that are sharded over two axes are
+  gathered. It is fixed in optax's repository, in no release yet; with the fix
+  this does nothing.
   """
   if not optax_ravels():
     yield
     return
-  original = _tree_math._vdot
-  _tree_math._vdot = lambda a, b, precision=None: jnp.sum(jnp.conj(a) * b)
-  try:
-    yield
-  finally:
-    _tree_math._vdot = original
+  with _REPLACING_VDOT:
+    original = _tree_math._vdot
+    _tree_math._vdot = lambda a, b, precision=None: jnp.sum(jnp.conj(a) * b)
+    try:
+      yield
+    finally:
+      _tree_math._vdot = original
 
 
 @functools.cache

@@ -12,24 +12,6 @@ from flax_mechanic.methods import features, readers, repairs
 from flax_mechanic.methods.registry import default_options, register
 
 
-def _mechanic_scalars(state):
-  scale = jnp.mean(state.scale)
-  found = {
-    "mechanic/scale": scale,
-    "mechanic/skipped": state.skipped,
-    "learning_rate": scale,
-  }
-  if state.scale.ndim:
-    found["mechanic/scale_min"] = jnp.min(state.scale)
-    found["mechanic/scale_max"] = jnp.max(state.scale)
-  return found
-
-
-def _optax_mechanic_scalars(state):
-  scale = jnp.sum(state.s)
-  return {"mechanic/scale": scale, "learning_rate": scale}
-
-
 def _register_mechanic(
   name: str, *, summary: str, advice: str, **defaults: Any
 ):
@@ -59,8 +41,8 @@ def _register_mechanic(
       "first-order optimizer except those",
     ),
     scalars={
-      MechanicState: _mechanic_scalars,
-      contrib.MechanicState: _optax_mechanic_scalars,
+      MechanicState: readers.mechanic,
+      contrib.MechanicState: readers.optax_mechanic,
     },
     summary=summary,
     advice=advice,
@@ -82,21 +64,6 @@ _register_mechanic(
   "mechanize",
   summary="mechanic with the defaults of optax.contrib.mechanize",
   advice="to compare with optax's; mechanic's own defaults are better",
-)
-
-register(
-  "mechanize",
-  lambda base, learning_rate, **options: mechanize(base, **options),
-  options={
-    "base": "adamw",
-    "learning_rate": 1.0,
-    **default_options(mechanize, betas=tuple, spike_factor=float, x0_dtype=str),
-  },
-  tuned=False,
-  schedule=None,
-  summary="Mechanic with the default options of optax.contrib.mechanize",
-  advice="to reproduce runs of optax's; otherwise mechanic",
-  paper="Cutkosky, Defazio, Mehta 2023, arXiv 2306.00144",
 )
 
 register(
@@ -183,14 +150,6 @@ register(
 )
 
 
-def _distance_estimate(name):
-  """Scalars of a method that learns d, the distance to the solution."""
-  return lambda state: {
-    f"{name}/d": state.estim_lr,
-    "learning_rate": state.estim_lr,
-  }
-
-
 def _prodigy(learning_rate, **options):
   return repairs.skip_zeros(
     contrib.prodigy(learning_rate, **options), learning_rate
@@ -208,7 +167,7 @@ register(
   _prodigy,
   options=default_options(contrib.prodigy, beta3=float),
   tuned=False,
-  scalars={contrib.ProdigyState: _distance_estimate("prodigy")},
+  scalars={contrib.ProdigyState: readers.distance_estimate("prodigy")},
   summary="Adam that learns the distance to the solution",
   advice="close to tuned Adam; two more copies of the parameters",
   paper="Mishchenko, Defazio 2023, arXiv 2306.06101",
@@ -218,7 +177,7 @@ register(
   _dadapt_adamw,
   options=default_options(contrib.dadapt_adamw),
   tuned=False,
-  scalars={contrib.DAdaptAdamWState: _distance_estimate("dadapt_adamw")},
+  scalars={contrib.DAdaptAdamWState: readers.distance_estimate("dadapt_adamw")},
   summary="AdamW that learns the distance to the solution",
   advice="prodigy, its successor, grows faster",
   paper="Defazio, Mishchenko 2023, arXiv 2301.07733",
@@ -235,24 +194,6 @@ def _dog(learning_rate, init_step_kind, init_step, averaging, **options):
   return features.average_iterates(tx, averaging) if averaging else tx
 
 
-def _dog_scalars(state):
-  squares = state.sum_sq_norm_grads
-  rate = jnp.where(squares > 0, state.max_dist * jax.lax.rsqrt(squares), 0.0)
-  return {"dog/distance": state.max_dist, "learning_rate": rate}
-
-
-def _dowg_scalars(state):
-  # Without eps, which the state does not hold.
-  squares = state.weighted_sq_norm_grads
-  rate = jnp.where(
-    squares > 0, state.estim_sq_dist * jax.lax.rsqrt(squares), 0.0
-  )
-  return {
-    "dowg/distance": jnp.sqrt(state.estim_sq_dist),
-    "learning_rate": rate,
-  }
-
-
 register(
   "dog",
   _dog,
@@ -267,7 +208,7 @@ register(
   tuned=False,
   schedule="constant",
   decay_mask="mask",
-  scalars={contrib.DoGState: _dog_scalars},
+  scalars={contrib.DoGState: readers.dog},
   eval_params={features.AveragedState: readers.averaged},
   summary="SGD whose step is the distance moved over the gradients seen",
   advice="evaluates averaged iterates; init_step=1e-4 with batch norm",
@@ -281,15 +222,11 @@ register(
   ),
   tuned=False,
   decay_mask="mask",
-  scalars={contrib.DoWGState: _dowg_scalars},
+  scalars={contrib.DoWGState: readers.dowg},
   summary="DoG with gradients weighted by the distance",
   advice="like dog, without averaging",
   paper="Khaled, Mishchenko, Jin 2023, arXiv 2305.16284",
 )
-
-
-def _recorded(state):
-  return dict(state.scalars)
 
 
 def _cocob(learning_rate, alpha, **options):
@@ -306,7 +243,7 @@ def _cocob(learning_rate, alpha, **options):
       "learning_rate": optax.tree.sum(rates) / optax.tree.size(rates),
     }
 
-  return features.record(
+  return features.measured(
     contrib.cocob(learning_rate, alpha, **options), measure
   )
 
@@ -318,7 +255,7 @@ register(
   tuned=False,
   schedule="constant",
   decay_mask="mask",
-  scalars={features.RecordedState: _recorded},
+  scalars={features.MeasuredState: readers.measured},
   summary="each coordinate bets on its gradient's sign",
   advice="no rate at all; wants a constant schedule",
   paper="Orabona, Tommasi 2017, arXiv 1705.07795",
@@ -354,7 +291,7 @@ def _momo(learning_rate, **options):
     jnp.asarray(learning_rate),
     options["weight_decay"],
   )
-  return features.record(contrib.momo(learning_rate, **options), measure)
+  return features.measured(contrib.momo(learning_rate, **options), measure)
 
 
 def _momo_adam(learning_rate, **options):
@@ -369,7 +306,7 @@ def _momo_adam(learning_rate, **options):
   measure = _momo_step(
     "momo_adam", direction, jnp.asarray(learning_rate), options["weight_decay"]
   )
-  return features.record(contrib.momo_adam(learning_rate, **options), measure)
+  return features.measured(contrib.momo_adam(learning_rate, **options), measure)
 
 
 register(
@@ -378,7 +315,7 @@ register(
   options=default_options(contrib.momo),
   tuned=False,
   needs=frozenset({"value"}),
-  scalars={features.RecordedState: _recorded},
+  scalars={features.MeasuredState: readers.measured},
   summary="momentum whose step follows from the loss and a lower bound",
   advice="losses that are at least lower_bound; the rate is a cap",
   paper="Schaipp et al. 2023, arXiv 2305.07583",
@@ -389,7 +326,7 @@ register(
   options=default_options(contrib.momo_adam),
   tuned=False,
   needs=frozenset({"value"}),
-  scalars={features.RecordedState: _recorded},
+  scalars={features.MeasuredState: readers.measured},
   summary="Adam whose step follows from the loss and a lower bound",
   advice="losses that are at least lower_bound; the rate is a cap",
   paper="Schaipp et al. 2023, arXiv 2305.07583",

@@ -1,5 +1,6 @@
 """The adapters of `transforms`, one by one."""
 
+import threading
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from optax import contrib
+from optax.tree_utils import _tree_math
 
 from flax_mechanic import UsageError
 from flax_mechanic.methods import features, repairs
@@ -331,3 +333,33 @@ def test_check_found_names_a_pattern_that_is_found_nowhere():
     UsageError, match=r"config\.freeze='missing' .* some are a, b/0"
   ):
     check_found(["a", "missing"], params(), "config.freeze")
+
+
+def test_threads_that_trace_at_once_leave_optax_as_it_was():
+  original, entered, left = _tree_math._vdot, threading.Event(), []
+
+  def update(updates, state, params=None):
+    # The first thread waits inside for the second one, which must not come.
+    if entered.is_set():
+      left.append("second")
+    else:
+      entered.set()
+      left.append(second_is_in.wait(0.5))
+    return updates, state
+
+  second_is_in = threading.Event()
+  tx = repairs.on_any_mesh(
+    optax.GradientTransformation(lambda params: (), update)
+  )
+
+  def run_second():
+    entered.wait()
+    tx.update(params(), ())
+    second_is_in.set()
+
+  second = threading.Thread(target=run_second)
+  second.start()
+  tx.update(params(), ())
+  second.join()
+  assert left == ([False, "second"] if repairs.optax_ravels() else left)
+  assert _tree_math._vdot is original

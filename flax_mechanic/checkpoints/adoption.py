@@ -464,7 +464,10 @@ def _load_mechanic(
   wanted = {path: leaves[mine] for mine, path in scalars.items()}
   loaded = saved.load(wanted | offsets)
   values = {mine: loaded[path] for mine, path in scalars.items()}
-  S = jnp.sum(values[fields["s"][""]], -1)
+  # optax's state does not hold it.
+  S = values.setdefault(
+    fields["scale"][""], jnp.sum(values[fields["s"][""]], -1)
+  )
   keys = [key for key in parameters if key in _offset_keys(fields)]
   S_of = lambda key: S[keys.index(key)] if S.ndim else S
   for field, other in (_OFFSETS, _OFFSETS[::-1]):

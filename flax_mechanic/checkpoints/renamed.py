@@ -1,7 +1,7 @@
-"""State fields that older checkpoints hold under another name, or needlessly.
+"""State fields that older checkpoints hold under another name.
 
-They are all `MechanicState`'s, whose other fields tell them from fields and
-parameters of the same name, such as the "scale" of a LayerNorm.
+They are all `MechanicState`'s, whose other fields tell them from fields of the
+same name that a base has.
 """
 
 from collections.abc import Container, Iterable, Mapping
@@ -11,8 +11,6 @@ TUNER = frozenset({"r", "m", "v", "s"})
 
 # Present name -> the name in checkpoints of 0.1.0's development versions.
 _FORMER = {"usual_norm": "grad_norm", "initial_scale": "s_init"}
-# What those versions saved as well: scale, the sum of s.
-_DROPPED = frozenset({"scale"})
 
 
 def former(field: str) -> str:
@@ -26,26 +24,11 @@ def saved_paths(
   """Returns path -> the path under which it is saved, for those that are."""
   found = {}
   for path in wanted:
-    node, field = _split(path)
-    old = node + former(field)
+    node, slash, field = path.rpartition("/")
+    old = node + slash + former(field)
+    is_mechanic = all(node + slash + each in saved for each in TUNER)
     if path in saved:
       found[path] = path
-    elif old in saved and _is_mechanic(node, saved):
+    elif old in saved and is_mechanic:
       found[path] = old
   return found
-
-
-def is_dropped(path: str, saved: Container[str]) -> bool:
-  """Whether a saved path is of a field that is no longer part of the state."""
-  node, field = _split(path)
-  return field in _DROPPED and _is_mechanic(node, saved)
-
-
-def _split(path: str) -> tuple[str, str]:
-  """Returns a leaf's node, with its "/", and its field."""
-  node, slash, field = path.rpartition("/")
-  return node + slash, field
-
-
-def _is_mechanic(node: str, saved: Container[str]) -> bool:
-  return all(node + field in saved for field in TUNER)

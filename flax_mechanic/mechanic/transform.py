@@ -51,13 +51,15 @@ class MechanicState(NamedTuple):
     skipped: int32 scalar, gradients skipped so far.
     usual_norm: mean of the gradient's norm over the last 10 or so gradients,
       scalar; a spike is measured against it.
+    scale: S as the parameters have it, x = x0 + scale Delta, scalar; the sum of
+      s to rounding.
     initial_scale: what `relative_s_init` measured, scalar; 0 until the base has
       moved the parameters measurably.
     mean_norm: mean of the gradient's norm over all gradients since the first
       that was not 0, scalar; 0 without `mean_decay`.
 
   With groups, r, m, v and s have a row for each group, [groups, num_betas], and
-  initial_scale and mean_norm an entry, [groups].
+  scale, initial_scale and mean_norm an entry, [groups].
   """
 
   base_optimizer_state: optax.OptState
@@ -70,13 +72,9 @@ class MechanicState(NamedTuple):
   delta: optax.Params
   skipped: jax.Array
   usual_norm: jax.Array
+  scale: jax.Array
   initial_scale: jax.Array
   mean_norm: jax.Array
-
-  @property
-  def scale(self) -> jax.Array:
-    """S, the learned scale: scalar, or [groups]."""
-    return jnp.sum(self.s, -1)
 
   @property
   def tuner(self) -> TunerState:
@@ -219,14 +217,16 @@ class _Mechanic:
     shape = Groups.of(self.groups, params).shape
     x0, delta = offset.init(params, self.x0_dtype, dtype)
     wide = jax.tree.map(lambda x: widen(x, dtype), params)
+    tuner = self.tuner.init(shape, self.s_init, dtype)
     return MechanicState(
       self.base.init(wide),
       jnp.zeros([], jnp.int32),
-      *self.tuner.init(shape, self.s_init, dtype),
+      *tuner,
       x0=x0,
       delta=delta,
       skipped=jnp.zeros([], jnp.int32),
       usual_norm=jnp.zeros([], dtype),
+      scale=jnp.sum(tuner.s, -1),
       initial_scale=jnp.zeros(shape, dtype),
       mean_norm=jnp.zeros(shape, dtype),
     )
@@ -277,9 +277,8 @@ class _Mechanic:
     usual_norm = _mean(
       state.usual_norm, jnp.minimum(norm, limit), _SPIKE_WINDOW
     )
-    # Without the barriers XLA:CPU computes the scalars anew in each leaf's
-    # fusion, and S not quite as the sum of the s that is kept (jax 0.12).
-    tuned = jax.lax.optimization_barrier(tuned)
+    # Without it XLA:CPU computes the scalars anew in each leaf's fusion (jax
+    # 0.12).
     ok, S = jax.lax.optimization_barrier(
       (finite & (norm <= limit), jnp.sum(tuned.s, -1))
     )
@@ -295,6 +294,7 @@ class _Mechanic:
 
     learned = {
       "count": optax.safe_increment(state.count),
+      "scale": S,
       **tuned._asdict(),
       **memory,
     }

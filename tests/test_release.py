@@ -102,10 +102,6 @@ def read(name):
   return (ROOT / name).read_text()
 
 
-# Built once, and one environment for both: their own worker has them.
-pytestmark = pytest.mark.xdist_group("release")
-
-
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_no_more(dist):
   (wheel,) = dist.glob("*.whl")

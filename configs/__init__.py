@@ -1,1 +1,1 @@
-"""One file a job; each docstring has the command and the result to expect."""
+"""One file for each job; its docstring has the command and expected result."""

@@ -1,4 +1,4 @@
-r"""Handwritten digits, 8x8 pixels, through a code of 8 numbers and back.
+r"""Handwritten digits, 8x8 pixels, reconstructed from a code of 8 numbers.
 
   python -m train.main --config=configs/autoencoder.py \
     --config.optimizer=mechanic --workdir=runs/autoencoder
@@ -24,8 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.learning_rate = 3e-3
 
   config.model = ml_collections.ConfigDict()
-  # Of the hidden layers before the code; after it they come in reverse.
+  # Widths of the hidden layers before the code; those after it are reversed.
   config.model.widths = (32,)
-  # Numbers that an image is reduced to.
+  # Size of the code.
   config.model.code = 8
   return config

@@ -1,4 +1,4 @@
-"""What every job has; a job's own file starts from here."""
+"""The fields that every job has; a job's own file starts from them."""
 
 import ml_collections
 
@@ -6,25 +6,25 @@ import flax_mechanic
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the fields every job has; `task` is for the job to set."""
+  """Returns the fields of every job; the job sets `task`."""
   config = ml_collections.ConfigDict()
   # A name in train/tasks: the data, the model and the loss.
   config.task = ""
-  # Of the initial parameters, the order of the data, dropout and samples.
+  # Seed of the initial parameters, the order of the data, dropout and samples.
   config.seed = 0
   # The --workdir of another run, or a folder that Orbax wrote: a new run starts
   # from its parameters and, where they fit, its optimizer's moments.
   config.init_from = ""
-  # Leave that optimizer's moments.
+  # Whether to leave out the optimizer's moments.
   config.init_params_only = False
-  # Steps of the whole run; may be raised on a resume.
+  # Steps of the whole run; may be raised when it is resumed.
   config.num_steps = 1000
-  # Examples a step, over all devices and hosts together.
+  # Examples per step, over all devices and hosts.
   config.batch_size = 64
   # Peak learning rate. Only optimizers that are tuned by hand read it.
   config.learning_rate = 1e-3
 
-  # The learning rate over time, as a shape with peak 1: constant, warmup,
+  # The learning rate over time, scaled to a peak of 1: constant, warmup,
   # warmup_cosine, warmup_linear, rsqrt, or "" for the optimizer's own.
   config.schedule = ml_collections.ConfigDict()
   config.schedule.name = ""
@@ -35,31 +35,31 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval_every = 100
   # Steps between checkpoints.
   config.checkpoint_every = 500
-  # How many of the newest are kept.
+  # How many of the newest checkpoints are kept.
   config.checkpoint_keep = 3
-  # One every so many steps is kept for ever; 0 for none.
+  # Steps between checkpoints that are kept forever; 0 for none.
   config.checkpoint_keep_every = 0
-  # A metric, such as eval/loss: the one with its smallest value is kept, or
-  # with its largest after a minus sign: -eval/accuracy.
+  # A metric, such as eval/loss: the checkpoint with its smallest value is kept.
+  # A minus sign keeps the largest value: -eval/accuracy.
   config.checkpoint_best = ""
   # Steps between lines of the log and of metrics.jsonl.
   config.log_every = 10
 
-  # What the model computes in: float32, bfloat16 or float16.
+  # The dtype of the model's computation: float32, bfloat16 or float16.
   config.dtype = "float32"
-  # What its parameters are kept in.
+  # The dtype of its parameters.
   config.param_dtype = "float32"
 
-  # The devices of all processes, as a mesh: sizes, at most one of them -1 for
-  # the devices that the others leave.
+  # The mesh of all processes' devices. Of its sizes, one may be -1, for the
+  # devices that the others leave.
   config.mesh = ml_collections.ConfigDict()
-  # The batch is split over these; parameters are whole on each.
+  # The batch is split over these devices; the parameters are replicated.
   config.mesh.data = -1
-  # The batch is split over these too, and so are the parameters (FSDP).
+  # The batch and the parameters are split over these (FSDP).
   config.mesh.fsdp = 1
   # Parameters and activations are split over these (tensor parallelism).
   config.mesh.tensor = 1
-  # auto or explicit: whether arrays carry their sharding in their types.
+  # auto, or explicit: arrays have their sharding in their types.
   config.mesh.axis_type = "auto"
   # Split the optimizer's state over data and fsdp as well (ZeRO-1).
   config.shard_optimizer_state = False

@@ -7,11 +7,11 @@ takes 10 seconds on two CPU cores and ends with an eval/accuracy of 0.97, and so
 does --config.optimizer=adamw. configs/digits.py:cnn is a small convolutional
 network, 0.97 to 0.98 in 15 seconds.
 
-Four more take 400 steps of 32 images, 10 to 15 seconds, and end with this
-eval/accuracy by optimizer, adamw's learning_rate being 3e-3:
+Four more take 400 steps of 32 images, 10 to 15 seconds, and end with these
+values of eval/accuracy, where adamw has a learning_rate of 3e-3:
 
   variant     mechanic  adamw
-  :logistic       0.92   0.89  no hidden layer, and a tenth of the labels drawn
+  :logistic       0.92   0.89  no hidden layer, and a tenth of the labels random
   :mlp            0.97   0.96  two hidden layers of 64
   :small_cnn      0.98   0.96
   :vit            0.93   0.90  a vision transformer
@@ -22,7 +22,7 @@ import ml_collections
 from configs import default
 from flax_mechanic.errors import UsageError, did_you_mean
 
-# What the four have in common; the learning rate is adamw's.
+# What the four share; the learning rate is adamw's.
 _SMALL = {
   "num_steps": 400,
   "batch_size": 32,
@@ -72,10 +72,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.task = "digits"
 
   config.data = ml_collections.ConfigDict()
-  # Of the training labels, the fraction drawn anew, each class as likely.
+  # The fraction of the training labels that is replaced by random classes.
   config.data.label_noise = 0.0
 
-  # name: logistic, mlp, cnn or vit; each has fields of its own. widths: of the
+  # name: logistic, mlp, cnn or vit; each has its own fields. widths: of the
   # hidden layers.
   config.update(_VARIANTS[variant])
   return config

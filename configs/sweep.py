@@ -1,11 +1,11 @@
-r"""How well each method does untuned, beside the tuned ones.
+r"""How well each method does untuned, compared with tuned ones.
 
   python -m train.sweep --config=configs/sweep.py --workdir=runs/sweep
 
-takes 36 to 40 minutes on two cores. configs/sweep.py:quick is a part of it, for
-a minute and a half; :range is about the learning rates that adamw trains with,
-and the base learning rates that Mechanic does; :ablation changes one of the
-flag's options at a time. On a job of one's own, with its own config:
+takes 36 to 40 minutes on two cores. configs/sweep.py:quick is a part of it that
+takes a minute and a half; :range is about the learning rates that adamw trains
+with, and the base learning rates that Mechanic trains with; :ablation changes
+one of the flag's options at a time. On your own job:
 
   python -m train.sweep --config=configs/sweep.py --workdir=DIR \
     --config.jobs="('configs/digits.py',)" --config.interpolating="()" \
@@ -17,23 +17,21 @@ import ml_collections
 from flax_mechanic.errors import UsageError, did_you_mean
 
 _MOMENTUM = "opt.sgd.momentum=0.9"
-_DROP_IN = (
-  "optimizer=mechanic opt.mechanic.relative_s_init=0 opt.mechanic.groups="
-  " opt.mechanic.weight_decay=0.01 opt.mechanic.mean_decay=False"
-  " opt.mechanic.eps=1e-8"
-)
 _TUNED = ("adamw", f"sgd: optimizer=sgd {_MOMENTUM}", "lion")
 _MECHANIC = (
   "mechanic",
   f"mechanic(sgd): optimizer=mechanic opt.mechanic.base=sgd {_MOMENTUM}",
   "mechanic(lion): optimizer=mechanic opt.mechanic.base=lion",
 )
+_DROP_IN = (
+  "drop-in: optimizer=mechanize",
+  f"drop-in(sgd): optimizer=mechanize opt.mechanize.base=sgd {_MOMENTUM}",
+  "drop-in(lion): optimizer=mechanize opt.mechanize.base=lion",
+)
 _METHODS = (
   *_TUNED,
   *_MECHANIC,
-  f"drop-in: {_DROP_IN}",
-  f"drop-in(sgd): {_DROP_IN} opt.mechanic.base=sgd {_MOMENTUM}",
-  f"drop-in(lion): {_DROP_IN} opt.mechanic.base=lion",
+  *_DROP_IN,
   "prodigy",
   "dadapt_adamw",
   "dog",
@@ -42,23 +40,23 @@ _METHODS = (
   "momo",
   "momo_adam",
 )
-# Where a step is dear.
-_DEAR = "runs_at_once=1 num_steps=(400,1600)"
-_DEARER = "runs_at_once=1 num_steps=(400,)"
+# For jobs with expensive steps.
+_EXPENSIVE = "runs_at_once=1 num_steps=(400,1600)"
+_VERY_EXPENSIVE = "runs_at_once=1 num_steps=(400,)"
 _JOBS = (
   "configs/teacher.py",
   "configs/tabular.py:diabetes model.widths=()",
   "configs/tabular.py:breast_cancer",
   "configs/digits.py:logistic",
-  f"configs/text.py:small {_DEAR}",
-  f"configs/text.py:gru {_DEAR}",
+  f"configs/text.py:small {_EXPENSIVE}",
+  f"configs/text.py:gru {_EXPENSIVE}",
 )
 _INTERPOLATING = (
   "configs/tabular.py:diabetes",
   "configs/digits.py:mlp",
   "configs/autoencoder.py",
-  f"configs/digits.py:small_cnn {_DEAR}",
-  f"configs/digits.py:vit {_DEARER}",
+  f"configs/digits.py:small_cnn {_EXPENSIVE}",
+  f"configs/digits.py:vit {_VERY_EXPENSIVE}",
 )
 
 _FEW = {
@@ -72,12 +70,12 @@ _VARIANTS = {
   "": {},
   "quick": {
     **_FEW,
-    "methods": (*_TUNED, *_MECHANIC, f"drop-in: {_DROP_IN}", "prodigy"),
+    "methods": (*_TUNED, *_MECHANIC, _DROP_IN[0], "prodigy"),
     "num_steps": (400,),
   },
   "range": {
     **_FEW,
-    "methods": ("adamw", *_MECHANIC, f"drop-in: {_DROP_IN}"),
+    "methods": ("adamw", *_MECHANIC, _DROP_IN[0]),
     "learning_rates": {"adamw": _RANGE},
     "factors": _RANGE,
     "num_steps": (400,),
@@ -95,7 +93,6 @@ _VARIANTS = {
           ("rho=0.1", "relative_s_init=0.1"),
           ("decay=0.01", "weight_decay=0.01"),
           ("mean_decay=False", "mean_decay=False"),
-          ("tuned for 80", "tune_steps=80"),
         )
       ),
     ),
@@ -119,20 +116,20 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       f"{did_you_mean(variant, filter(None, _VARIANTS))}"
     )
   config = ml_collections.ConfigDict()
-  # Config files of jobs with fresh data, noise or few parameters: learning
-  # rates are tuned on one half of the held-out examples, the loss on the other
-  # counts. After a file may stand FIELD=VALUE ..., of this config, for this job
-  # alone, or else of the job's.
+  # Config files of jobs with fresh data, noise or few parameters. One half of
+  # the held-out examples is for tuning learning rates; the loss on the other
+  # half counts. FIELD=VALUE ... may follow a file: fields of this config, for
+  # this job alone, and fields of the job.
   config.jobs = _JOBS
-  # The same of jobs that are learned by heart: what counts is the loss on the
-  # training examples, for which the learning rates are tuned too.
+  # The same for jobs that memorize their examples. The loss on the training
+  # examples counts, and learning rates are tuned for it.
   config.interpolating = _INTERPOLATING
-  # NAME, of an optimizer, or LABEL: FIELD=VALUE ..., fields of the jobs. The
-  # first one is what the others are compared with.
+  # NAME of an optimizer, or LABEL: FIELD=VALUE ... with fields of the jobs. The
+  # others are compared with the first one.
   config.methods = _METHODS
-  # Fields of every job: FIELD=VALUE.
+  # FIELD=VALUE for every job.
   config.fields = ()
-  # Peaks to choose from, for methods that are tuned by hand, by the innermost
+  # Peaks to choose from for methods that are tuned by hand, by the innermost
   # optimizer.
   config.learning_rates = ml_collections.ConfigDict(
     {
@@ -142,16 +139,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       "other": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     }
   )
-  # For the others: factors of the rate that they learn, their base's own.
+  # For the others: factors of the learned rate, as learning rates of the base.
   config.factors = (1.0,)
-  # Lengths; a job's schedule is stretched to each.
+  # Lengths of the runs; a job's schedule is stretched to each.
   config.num_steps = (400, 1600, 6400)
-  # Seeds of each run, from 0: of the parameters and of the batches' order.
+  # Seeds, from 0, of the parameters and of the order of the batches.
   config.seeds = 5
   # Evaluations of each run.
   config.evaluations = 10
-  # How many runs of a program are vectorised; 0 for all. 1 is faster where a
-  # single one keeps the machine busy.
+  # How many runs of a program are vectorized; 0 for all. 1 is faster where a
+  # single run keeps the machine busy.
   config.runs_at_once = 0
   config.update(_VARIANTS[variant])
   return config

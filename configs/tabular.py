@@ -3,13 +3,13 @@ r"""A class, or a number, from a row of measurements; from scikit-learn.
   python -m train.main --config=configs/tabular.py:breast_cancer \
     --config.optimizer=mechanic --workdir=runs/breast_cancer
 
-is a logistic regression, a tenth of whose training labels are drawn at random.
-It takes 8 seconds on two CPU cores and ends with an eval/accuracy of 0.93;
+is a logistic regression with a tenth of the training labels random. It takes 8
+seconds on two CPU cores and ends with an eval/accuracy of 0.93;
 --config.optimizer=adamw, with the learning_rate of 3e-3 below, ends with 0.92.
 
-configs/tabular.py:diabetes is a small network for a number of variance 1. It
-ends with an eval/loss, its mean squared error, of 0.50 under both; the linear
-least squares give 0.50 as well.
+configs/tabular.py:diabetes is a small network that predicts a number whose
+variance is 1. It ends with an eval/loss, the mean squared error, of 0.50 with
+both optimizers; so does linear least squares.
 """
 
 import ml_collections
@@ -27,7 +27,7 @@ def get_config(variant: str = "breast_cancer") -> ml_collections.ConfigDict:
   """Returns the job's config.
 
   Args:
-    variant: breast_cancer or diabetes, the table, what follows the colon of
+    variant: the table, breast_cancer or diabetes; what follows the colon of
       `configs/tabular.py:diabetes`.
 
   Raises:
@@ -48,12 +48,12 @@ def get_config(variant: str = "breast_cancer") -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   # breast_cancer or diabetes.
   config.data.name = variant
-  # Of the training labels, the fraction drawn anew, each class as likely; 0.0
+  # The fraction of the training labels that is replaced by random classes; 0.0
   # where the target is a number.
   config.data.label_noise = 0.0
 
   config.model = ml_collections.ConfigDict()
-  # Of the hidden layers; () makes a linear model.
+  # Widths of the hidden layers; () is a linear model.
   config.model.widths = ()
 
   config.update(_VARIANTS[variant])

@@ -3,14 +3,14 @@ r"""A byte-level language model on any folder of text, a transformer or a GRU.
   python -m train.main --config=configs/text.py --config.optimizer=mechanic \
     --config.data.path=FOLDER --workdir=runs/text
 
-Without a path the text is Python's own standard library, 8 MB. On that it takes
-a minute on two CPU cores and ends with an eval/bits_per_byte of 2.4;
+Without a path the text is Python's standard library, 8 MB. On that it takes a
+minute on two CPU cores and ends with an eval/bits_per_byte of 2.4;
 --config.optimizer=adamw, with the learning_rate of 3e-3 below, ends with 2.6,
-and the bytes' own frequencies alone give 4.5. configs/text.py:tiny is for
-tests, some seconds.
+and the entropy of single bytes is 4.5. configs/text.py:tiny is for tests and
+takes seconds.
 
 Two more take 400 steps of 8 windows of 32 bytes, 15 to 25 seconds, and end with
-this eval/bits_per_byte by optimizer, adamw's learning_rate again 3e-3:
+these values of eval/bits_per_byte, where adamw has a learning_rate of 3e-3:
 
   variant  mechanic  adamw
   :small        3.3    3.6  a transformer of one layer
@@ -33,20 +33,20 @@ def _transformer(**sizes: Any) -> dict[str, Any]:
     "positions": "rotary",
     # swiglu or gelu.
     "mlp": "swiglu",
-    # Of what each block adds, the fraction dropped in training.
+    # Dropout rate of the output of each block's two halves.
     "dropout": 0.0,
-    # Stack the layers' parameters, one array for all, and loop over them: that
-    # compiles in the time of one layer. What an optimizer does a layer at a
-    # time (lars, lamb, muon) it then does to the stack.
+    # Stack the layers' parameters in one array and loop over the layers: that
+    # compiles in the time of one layer. Optimizers that work layer by layer
+    # (lars, lamb, muon) then take the stack for one layer.
     "scan_layers": False,
-    # Recompute each block in the backward pass rather than keep what it
-    # computed.
+    # Recompute each block in the backward pass instead of keeping its
+    # activations.
     "remat": False,
     **sizes,
   }
 
 
-# What the two have in common.
+# What the two share.
 _SMALL = {
   "num_steps": 400,
   "batch_size": 8,
@@ -159,18 +159,19 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
   config = default.get_config()
   config.task = "text"
-  # For adamw; other optimizers that are tuned by hand want another.
+  # For adamw; other optimizers that are tuned by hand need another one.
   config.learning_rate = 3e-3
 
   config.data = ml_collections.ConfigDict()
-  # A folder of UTF-8 text; "" is the sources of Python's standard library.
+  # A folder of UTF-8 text; "" for the sources of Python's standard library.
   config.data.path = ""
-  # Held-out windows of context_length bytes an evaluation, at most.
+  # Largest number of held-out windows of context_length bytes per evaluation.
   config.data.eval_windows = 128
 
-  # Bytes of the sample shown at the end of the run.
+  # Length in bytes of the sample that is shown at the end of the run.
   config.sample_length = 256
-  # 0 takes the likeliest byte each time, 1 samples from the model as it is.
+  # 0 takes the most likely byte each time; 1 samples from the model's
+  # distribution.
   config.sample_temperature = 0.8
 
   config.update(_VARIANTS[variant])

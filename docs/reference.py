@@ -1,8 +1,8 @@
-"""Writes the API reference, made of the docstrings, with pdoc.
+"""Writes the API reference from the docstrings, with pdoc.
 
   python docs/reference.py [FOLDER]
 
-FOLDER  where flax_mechanic.html goes; by default runs/api
+FOLDER  where to write flax_mechanic.html; by default runs/api
 """
 
 import importlib
@@ -13,8 +13,8 @@ from pathlib import Path
 import pdoc
 import pdoc.render
 
-# Unions of many types, which the reference calls by their names. In this order:
-# flax has optax's in its annotations.
+# Unions of many types that the reference calls by name. Optax's come before
+# flax, whose annotations contain them.
 _UNIONS = {
   "jax.typing": ("ArrayLike", "DTypeLike"),
   "optax": ("Params", "Updates", "OptState"),
@@ -30,9 +30,12 @@ def main(folder: str = "runs/api") -> None:
       named = typing.NewType(name, object)
       named.__module__ = path
       setattr(module, name, named)
-  import flax_mechanic  # After its annotations have their names.
+  import flax_mechanic  # Only now, so that its annotations use these names.
 
-  # Which room holds what is for those who work on it.
+  for name in flax_mechanic.__all__:
+    # pdoc sees only the names that have been loaded.
+    setattr(flax_mechanic, name, getattr(flax_mechanic, name))
+  # The list of folders is for those who work on the package.
   flax_mechanic.__doc__ = (flax_mechanic.__doc__ or "").split("\n\n")[0]
   pdoc.render.configure(
     docformat="google",

@@ -22,15 +22,6 @@ LEARNING_RATES = {
 }
 NAMES = list(methods())
 
-# The options with which the flag's mechanic is optax's.
-DROP_IN = {
-  "opt__mechanic__relative_s_init": 0.0,
-  "opt__mechanic__groups": "",
-  "opt__mechanic__weight_decay": 1e-2,
-  "opt__mechanic__mean_decay": False,
-  "opt__mechanic__eps": 1e-8,
-}
-
 
 def configure(config, name):
   """Flips the flag, and for a tuned method sets its learning rate."""

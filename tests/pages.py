@@ -1,4 +1,4 @@
-"""The pages README.md and docs/, as tests read them."""
+"""README.md and the pages of docs/, parsed for the tests."""
 
 import pathlib
 import re
@@ -33,7 +33,7 @@ def prose(page):
 
 
 def code_spans(page):
-  """Returns the inline code of a page, each on one line."""
+  """Returns each piece of a page's inline code, on one line."""
   spans = re.findall("`([^`]+)`", prose(page))
   return [" ".join(span.split()) for span in spans]
 

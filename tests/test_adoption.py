@@ -1,5 +1,6 @@
 """Another run's checkpoint as the start: ours, or a plain Orbax job's."""
 
+import json
 import shutil
 
 import jax
@@ -21,6 +22,7 @@ from flax_mechanic import (
   load_params,
   mechanize,
 )
+from flax_mechanic.checkpoints import record
 
 BASES = {
   "adamw": lambda: optax.adamw(optax.constant_schedule(1e-2)),
@@ -100,7 +102,7 @@ def test_a_plain_run_under_mechanic(tmp_path, base, save):
 
   new = Model()
   optimizer = Optimizer(new, mechanize(BASES[base]()))
-  (where, told) = optimizer.init_from(new, tmp_path / "plain")
+  (where, note) = optimizer.init_from(new, tmp_path / "plain")
   assert str(tmp_path / "plain") in where
   saved = nnx.state(model, nnx.Not(nnx.RngState))
   same(nnx.as_pure(nnx.state(new, nnx.Not(nnx.RngState))), nnx.as_pure(saved))
@@ -115,16 +117,13 @@ def test_a_plain_run_under_mechanic(tmp_path, base, save):
   params = nnx.as_pure(nnx.state(new, nnx.Param))
   same(state.x0, params)
   assert (int(state.count), float(state.scale)) == (0, pytest.approx(6e-6))
-  assert told.startswith("of its optimizer ")
-  assert "x0" in told.split("afresh are")[1]
+  assert note.startswith("taken from its optimizer: ")
+  assert "x0" in note.split("restarts: ")[1]
   train_nnx(new, optimizer, 2)
 
 
-@pytest.mark.parametrize("store_delta", [False, True])
 @pytest.mark.parametrize("save", [save_standard, save_managed])
-def test_a_linen_run_of_optax_mechanize_goes_on_as_it_would(
-  tmp_path, save, store_delta
-):
+def test_a_linen_run_of_optax_mechanize_goes_on_as_it_would(tmp_path, save):
   base = optax.adamw(1e-1)
   theirs = train_state.TrainState.create(
     apply_fn=None,
@@ -136,13 +135,12 @@ def test_a_linen_run_of_optax_mechanize_goes_on_as_it_would(
   ours = TrainState.create(
     apply_fn=None,
     params=jax.tree.map(jnp.zeros_like, network.params()),
-    tx=mechanize(base, store_delta=store_delta, spike_factor=0.0),
+    tx=mechanize(base, spike_factor=0.0),
   )
   ours, notes = ours.init_from(tmp_path / "plain")
-  assert "afresh" not in " ".join(notes)
+  assert "restarts" not in " ".join(notes)
   same(ours.params, theirs.params)
-  kept = ours.opt_state.delta if store_delta else ours.opt_state.x0
-  assert jax.tree.structure(kept) == jax.tree.structure(ours.params)
+  same(ours.opt_state.x0, theirs.opt_state[1].x0)
   before = network.params()
   moved = lambda a: float(optax.global_norm(optax.tree.sub(a, before)))
   theirs, ours = train_linen(theirs, 30, 20), train_linen(ours, 30, 20)
@@ -182,48 +180,91 @@ def run(tmp_path_factory):
   return folder, state
 
 
-def test_what_else_lies_in_a_workdir_is_left_alone(run, tmp_path):
+def test_other_folders_in_a_workdir_are_ignored(run, tmp_path):
   folder, saved = run
   shutil.copytree(folder, tmp_path / "run")
   save_standard(tmp_path / "run" / "model", network.params())
   step = tmp_path / "run" / "checkpoints" / "20"
   shutil.copytree(step, step.with_name("damaged_30"))
   state = ours({}, steps=0)
-  state, (where, told) = state.init_from(tmp_path / "run")
+  state, (where, note) = state.init_from(tmp_path / "run")
   assert where == f"starting from {step}"
-  assert "mu" in told.split("afresh")[0]
+  assert "mu" in note.split("restarts")[0]
   same(state.params, saved.params)
 
 
-@pytest.mark.parametrize("options", [{}, {"groups": ".*"}], ids=str)
-def test_delta_becomes_x0_and_the_reverse(tmp_path, options):
-  delta = {"store_delta": True}
-  saved = {}
-  for name, more in (("delta", delta), ("x0", {})):
-    saved[name] = ours(options | more | {"relative_s_init": 0.01})
-    save_standard(tmp_path / name, saved[name])
-  x0, _ = ours(options, steps=1).init_from(tmp_path / "delta")
-  close(x0.opt_state.x0, network.params())
-  same(x0.opt_state.scale, saved["delta"].opt_state.scale)
-  found, _ = ours(options | delta, steps=1).init_from(tmp_path / "x0")
-  scales = np.broadcast_to(found.opt_state.scale, 3)
-  for S, *leaves in zip(
+FORMER = {"usual_norm": "grad_norm", "initial_scale": "s_init"}
+
+
+def with_delta_alone(state, leaf_scales):
+  """Returns a run as the development versions of 0.1.0 saved it.
+
+  They could keep Delta in place of x0, kept S beside s, and had other names for
+  two fields.
+  """
+  saved = state.opt_state._asdict()
+  delta = jax.tree.map(
+    lambda x, x0, S: (x - x0) / S, state.params, saved.pop("x0"), leaf_scales
+  )
+  saved |= {"delta": delta, "scale": jnp.sum(saved["s"], -1)}
+  for field, former in FORMER.items():
+    if field in saved:
+      saved[former] = saved.pop(field)
+  return {"params": state.params, "opt_state": saved}
+
+
+@pytest.mark.parametrize("groups", ["", ".*"])
+def test_x0_is_recovered_from_delta(tmp_path, groups):
+  options = {"groups": groups}
+  state = ours(options | {"relative_s_init": 0.01})
+  scales = np.broadcast_to(np.sum(state.opt_state.s, -1), 3)
+  scales = jax.tree.unflatten(jax.tree.structure(state.params), scales)
+  saved = with_delta_alone(state, scales)
+  save_standard(tmp_path / "run", saved)
+  found, notes = ours(options, steps=1).init_from(tmp_path / "run")
+  assert "restarts" not in notes[-1]
+  close(found.opt_state.x0, network.params())
+  for field in ("count", "r", "m", "v", "s", "skipped", "mean_norm"):
+    same(getattr(found.opt_state, field), saved["opt_state"][field])
+  for field, former in FORMER.items():
+    if field in found.opt_state._fields:
+      same(getattr(found.opt_state, field), saved["opt_state"][former])
+
+
+@pytest.mark.parametrize("groups", ["", ".*"])
+def test_delta_is_recovered_from_x0(tmp_path, groups):
+  saved = ours({"groups": groups, "relative_s_init": 0.01})
+  save_standard(tmp_path / "run", saved)
+  # Low-precision parameters have both.
+  half = TrainState.create(
+    apply_fn=None,
+    params=jax.tree.map(lambda x: x.astype("bfloat16"), network.params()),
+    tx=mechanize(BASES["adamw"](), groups=groups),
+  )
+  found, notes = half.init_from(tmp_path / "run")
+  assert "restarts" not in notes[-1]
+  scales = np.broadcast_to(np.sum(saved.opt_state.s, -1), 3)
+  for S, x, x0, delta in zip(
     scales,
     *map(
       jax.tree.leaves,
-      (found.params, saved["x0"].opt_state.x0, found.opt_state.delta),
+      (found.params, saved.opt_state.x0, found.opt_state.delta),
     ),
     strict=True,
   ):
-    x, x0, delta = leaves
-    np.testing.assert_allclose(x, x0 + S * delta, rtol=1e-5, atol=1e-6)
+    assert delta.dtype == "float32"
+    np.testing.assert_allclose(
+      x.astype("float32"), x0 + S * delta, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_scale_of_a_group_of_several_leaves_is_not_guessed(tmp_path):
   groups = {"groups": "^hidden"}
-  save_standard(tmp_path / "run", ours(groups | {"store_delta": True}))
-  state, (_, told) = ours(groups, steps=0).init_from(tmp_path / "run")
-  assert "x0" in told.split("afresh are")[1]
+  saved = ours(groups)
+  scales = jax.tree.map(lambda _: 1.0, saved.params)
+  save_standard(tmp_path / "run", with_delta_alone(saved, scales))
+  state, (_, note) = ours(groups, steps=0).init_from(tmp_path / "run")
+  assert "x0" in note.split("restarts: ")[1]
   same(state.opt_state.x0, state.params)
 
 
@@ -234,13 +275,13 @@ def test_the_scale_of_a_group_of_several_leaves_is_not_guessed(tmp_path):
     (mechanize(BASES["lion"]()), False),
   ],
 )
-def test_a_tuner_that_does_not_fit_starts_afresh(run, tx, moments):
+def test_a_tuner_that_does_not_fit_restarts(run, tx, moments):
   folder, saved = run
   state = TrainState.create(apply_fn=None, params=network.params(), tx=tx)
   state, notes = state.init_from(folder)
   assert int(state.opt_state.count) == 0
   same(state.opt_state.x0, saved.params)
-  assert "scale" in notes[-1].split("afresh are")[1]
+  assert "scale" in notes[-1].split("restarts: ")[1]
   mu = lambda state: state.opt_state.base_optimizer_state[0].mu
   if moments:
     same(mu(state), mu(saved))
@@ -259,13 +300,15 @@ def test_parameters_only(run):
   assert optax.global_norm(state.opt_state.base_optimizer_state[0].mu) == 0.0
 
 
-def test_a_placement_and_a_dtype_of_one_s_own(run):
+def test_the_placement_and_dtype_are_the_target_s(run):
   folder, saved = run
   mesh = jax.make_mesh((8,), ("data",))
-  lies = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  kernel = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=lies)
+  sharding = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec("data")
+  )
+  kernel = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=sharding)
   loaded = load_params(folder, {"hidden": {"kernel": kernel}})["hidden"]
-  assert loaded["kernel"].sharding.is_equivalent_to(lies, 2)
+  assert loaded["kernel"].sharding.is_equivalent_to(sharding, 2)
   same(loaded["kernel"], saved.params["hidden"]["kernel"].astype(jnp.bfloat16))
 
 
@@ -293,15 +336,16 @@ def test_two_copies_are_one_too_many(tmp_path):
     load_params(tmp_path / "odd", w)
 
 
-def test_a_damaged_array_is_named(run, tmp_path, monkeypatch):
+def test_a_damaged_array_is_named(run, tmp_path):
   folder, saved = run
-  read = Checkpointer.read
-
-  def other_checksum(self, step):
-    record = read(self, step)
-    record["arrays"]["params/head"]["checksum"] = "0" * 16
-    return record
-
-  monkeypatch.setattr(Checkpointer, "read", other_checksum)
-  with pytest.raises(UsageError, match=r"array params/head of .*20 is damaged"):
+  folder = shutil.copytree(folder, tmp_path / "run")
+  path = folder / "checkpoints" / "20" / "record" / "metadata"
+  contents = record.unseal(json.loads(path.read_text()))
+  contents["arrays"]["params/head"]["checksum"] = "0" * 16
+  path.write_text(json.dumps(record.seal(contents)))
+  sentence = r"array params/head of .*/20 is damaged; name the folder of"
+  with pytest.raises(UsageError, match=sentence):
+    load_params(folder, saved.params)
+  path.write_text(path.read_text()[1:])
+  with pytest.raises(UsageError, match=r"/20 cannot be read .*; name the"):
     load_params(folder, saved.params)

@@ -5,9 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from train.cost import facts
+from train.cost import measure, updates
+from train.cost.updates import UPDATES
 
 pytestmark = pytest.mark.usefixtures("optimized")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,14 +25,36 @@ def test_prints_a_row_an_update_in_each_table():
     capture_output=True,
     text=True,
   ).stdout
-  *tables, checkpoint = output.split(":\n\n")[1:]
-  assert len(tables) == 4
-  assert [line.split()[1] for line in checkpoint.splitlines()[2:]] == [
-    "save",
-    "restore",
+  tables = [
+    [
+      [cell.strip() for cell in line.split("|")[1:-1]]
+      for line in table.splitlines()
+      if "|" in line
+    ]
+    for table in output.split(":\n\n")[1:]
   ]
+  plain = [name for name, update in UPDATES.items() if not update.options]
+  names = [[row[0] for row in table[2:]] for table in tables]
+  every = list(UPDATES)
+  assert names == [every, every, plain, every, every, ["save", "restore"]]
   for table in tables:
-    rows = [line.split("|")[1:-1] for line in table.splitlines() if "|" in line]
-    names = [row[0].strip() for row in rows[2:]]
-    assert names == list(facts.UPDATES)
-    assert all(cell.strip() for row in rows for cell in row)
+    assert all(cell for row in table for cell in row[1:])
+  compilation = tables[2]
+  assert compilation[0][1:] == ["10 s", "10 ratio", "150 s", "150 ratio"]
+  seconds = [[float(cell) for cell in row[1:]] for row in compilation[2:]]
+  assert seconds[0][1::2] == [1, 1]
+  assert all(row[2] > row[0] > 0 for row in seconds)
+
+
+@pytest.mark.slow
+def test_compile_times_ask_no_cache():
+  events = []
+  jax.monitoring.register_event_listener(
+    lambda event, **_: events.append(event)
+  )
+  asked = "/jax/compilation_cache/compile_requests_use_cache"
+  updates.register_reference()
+  measure.compile_times("sgd", 2)
+  assert asked not in events
+  jax.jit(lambda x: x * 3)(1.0)
+  assert asked in events

@@ -1,5 +1,11 @@
 """`Checkpointer`: what is saved comes back, and what does not fit is named."""
 
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +107,7 @@ def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
       UsageError, match=r"model/linear/bias has another shape"
     ):
       checkpointer.restore(abstract(width=9), config=saved)
-    # Where the state lies changes no shape, and is not what is wrong.
+    # Placement changes no shape, and is not what is wrong.
     elsewhere = ConfigDict(
       {
         "optimizer": "mechanic",
@@ -129,3 +135,153 @@ def test_python_scalars_come_back(tmp_path):
     restored = checkpointer.restore({"step": 0, "w": jnp.zeros(2)}).state
   assert restored["step"] == 3
   np.testing.assert_array_equal(restored["w"], 1)
+
+
+def test_a_part_of_what_was_saved(tmp_path):
+  state = {"params": {"w": jnp.ones(2), "b": jnp.ones(3)}, "mu": jnp.ones(2)}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+    checkpointer.wait()
+    part = {"params": {"w": jnp.zeros(2)}}
+    restored = checkpointer.restore(part, part=True).state
+    assert jax.tree.structure(restored) == jax.tree.structure(part)
+    np.testing.assert_array_equal(restored["params"]["w"], 1)
+    with pytest.raises(UsageError, match="mu is not wanted"):
+      checkpointer.restore(part)
+    with pytest.raises(UsageError, match="params/v is not in it"):
+      checkpointer.restore({"params": {"v": jnp.zeros(2)}}, part=True)
+
+
+def test_an_array_without_a_sharding_keeps_the_saved_one(tmp_path):
+  mesh = jax.make_mesh((8,), ("data",))
+  sharding = jax.NamedSharding(mesh, jax.P("data"))
+  w = jax.device_put(jnp.arange(8.0), sharding)
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"w": w})
+    checkpointer.wait()
+    target = {"w": jax.ShapeDtypeStruct(w.shape, w.dtype)}
+    restored = checkpointer.restore(target).state["w"]
+    assert restored.sharding.is_equivalent_to(sharding, 1)
+  # The run that saved it had devices that are not here.
+  code = f"""
+import jax
+from flax_mechanic import Checkpointer
+with Checkpointer({str(tmp_path)!r}) as checkpointer:
+  target = {{"w": jax.ShapeDtypeStruct((8,), "float32")}}
+  print(checkpointer.restore(target).state["w"].sum())
+"""
+  assert run(code, JAX_NUM_CPU_DEVICES="2") == "28.0\n"
+
+
+class Old(NamedTuple):
+  """A Mechanic state as the development versions of 0.1.0 saved it."""
+
+  base_optimizer_state: Any
+  count: Any
+  r: Any
+  m: Any
+  v: Any
+  s: Any
+  x0: Any
+  grad_norm: Any
+  scale: Any
+  s_init: Any
+
+
+class New(NamedTuple):
+  """The same, with its present fields."""
+
+  base_optimizer_state: Any
+  count: Any
+  r: Any
+  m: Any
+  v: Any
+  s: Any
+  x0: Any
+  usual_norm: Any
+  initial_scale: Any
+
+
+def mechanic(kind, start=0.0):
+  """Returns a state of the fields' places in `Old`, from `start` on."""
+  values = {
+    field: jnp.full(3, start + i) for i, field in enumerate(Old._fields)
+  }
+  if kind is New:
+    values["usual_norm"] = values["grad_norm"]
+    values["initial_scale"] = values["s_init"]
+  # A base with fields of those names, which are its own.
+  values["base_optimizer_state"] = {"grad_norm": jnp.ones(1)}
+  return kind(**{field: values[field] for field in kind._fields})
+
+
+@pytest.mark.parametrize("form", [tuple, dict], ids=["Linen", "NNX"])
+def test_fields_that_were_renamed_since(tmp_path, form):
+  as_saved = lambda state: state if form is tuple else state._asdict()
+  params = {"norm": {"scale": jnp.ones(2)}}
+  wanted = {"params": params, "opt": [as_saved(mechanic(New))]}
+  with Checkpointer(tmp_path) as checkpointer:
+    old = {"params": params, "opt": [as_saved(mechanic(Old))]}
+    checkpointer.save(1, old)
+    checkpointer.wait()
+    target = {"params": params, "opt": [as_saved(mechanic(New, 100.0))]}
+    restored = checkpointer.restore(target).state
+    jax.tree.map(np.testing.assert_array_equal, restored, wanted)
+    checkpointer.verify(1)
+    # Only of Mechanic: a model without its scale is another model.
+    target["params"] = {"norm": {}}
+    with pytest.raises(UsageError, match="norm/scale is not wanted"):
+      checkpointer.restore(target)
+    base = {"usual_norm": jnp.ones(1)}
+    target = {
+      "params": params,
+      "opt": [as_saved(mechanic(New)._replace(base_optimizer_state=base))],
+    }
+    with pytest.raises(UsageError, match="state/usual_norm is not in it"):
+      checkpointer.restore(target)
+
+
+def run(code, **environment):
+  """Returns what a new Python prints."""
+  return subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ | environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+
+
+def test_without_fcntl_runs_save_unlocked(tmp_path):
+  # As on Windows.
+  code = f"""
+import sys
+sys.modules["fcntl"] = None
+import flax_mechanic
+import jax.numpy as jnp
+state = {{"w": jnp.ones(2)}}
+with flax_mechanic.Checkpointer({str(tmp_path)!r}) as checkpointer:
+  checkpointer.save(1, state)
+  checkpointer.wait()
+  print(checkpointer.restore(state).step)
+"""
+  assert run(code) == "1\n"
+
+
+def test_mechanize_needs_jax_flax_and_optax_alone():
+  code = """
+import sys
+class Blocker:
+  def find_spec(self, name, path=None, target=None):
+    first = name.split(".")[0]
+    if first in ("fcntl", "orbax", "ml_collections", "tensorstore"):
+      raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Blocker())
+import flax_mechanic, jax, optax
+params = {"w": jax.numpy.ones(2)}
+tx = flax_mechanic.mechanize(optax.sgd(1.0))
+updates, _ = tx.update(params, tx.init(params), params)
+print(*updates)
+"""
+  assert run(code) == "w\n"

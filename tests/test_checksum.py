@@ -1,4 +1,4 @@
-"""Checksums: of the bits, wherever they lie."""
+"""Checksums: of the bits, whatever their placement."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ DTYPES = ["float32", "bfloat16", "float16", "int8", "uint32", "int16", "bool"]
 
 def by_hand(words):
   words = np.ravel(words).astype(np.uint64)
-  place = np.arange(len(words), dtype=np.uint64)
-  sums = (words.sum(), (words * (2 * place + 1) % 2**32).sum())
+  index = np.arange(len(words), dtype=np.uint64)
+  sums = (words.sum(), (words * (2 * index + 1) % 2**32).sum())
   return "".join(f"{int(each) % 2**32:08x}" for each in sums)
 
 
@@ -49,8 +49,8 @@ def test_no_sharding_changes_them(dtype, axis_type):
   specs = [P("a", "b"), P(None, ("b", "a")), P(), P("b", None, "a")]
   for spec in specs:
     for kind in ("device", "pinned_host"):
-      lies = NamedSharding(mesh, spec, memory_kind=kind)
-      tree = {"x": jax.device_put(x, lies)}
+      sharding = NamedSharding(mesh, spec, memory_kind=kind)
+      tree = {"x": jax.device_put(x, sharding)}
       assert checksums(tree) == wanted
       with jax.set_mesh(mesh):
         assert checksums(tree) == wanted

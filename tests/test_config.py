@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 import flax_mechanic
 from flax_mechanic.errors import UsageError
-from tests import network, optimizers
+from tests import network
 
 
 def make_config(**fields):
@@ -39,14 +39,11 @@ def test_every_option_is_the_method_s_own_default():
     "num_betas": 6,
     "variant": "optax",
     "betas": None,
-    "store_delta": None,
-    "spike_factor": None,
+    "spike_factor": 1000.0,
     "x0_dtype": None,
-    "delayed_scale": False,
     "relative_s_init": 0.01,
     "groups": ".*",
     "mean_decay": True,
-    "tune_steps": None,
   }
   config.opt.adamw.mu_dtype = "bfloat16"
   state = flax_mechanic.make_optimizer(config).init(network.params())
@@ -88,13 +85,12 @@ def test_options_reach_the_method():
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgd", "lion"])
-def test_mechanic_wraps_its_base_and_reads_no_learning_rate(base):
+def test_mechanize_wraps_its_base_and_reads_no_learning_rate(base):
   shape = optax.linear_schedule(1.0, 0.0, 30)
   config = make_config(
-    optimizer="mechanic",
-    opt__mechanic__base=base,
+    optimizer="mechanize",
+    opt__mechanize__base=base,
     learning_rate=100.0,
-    **optimizers.DROP_IN,
   )
   ours = network.train(flax_mechanic.make_optimizer(config, shape), 30)
   by_hand = {
@@ -345,9 +341,8 @@ def test_register_adds_a_transformation_to_the_flag():
   np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
 
   config = make_config(
-    optimizer="mechanic",
-    opt__mechanic__base="signed",
-    **optimizers.DROP_IN,
+    optimizer="mechanize",
+    opt__mechanize__base="signed",
   )
   ours = network.train(flax_mechanic.make_optimizer(config), 10)
   theirs = network.train(optax.contrib.mechanize(signum(1.0)), 10)

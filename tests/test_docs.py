@@ -1,4 +1,4 @@
-"""What README.md and docs/ name is there."""
+"""What README.md and docs/ refer to exists."""
 
 import re
 
@@ -27,7 +27,7 @@ def test_flags_and_fields_are_there(page):
 
 
 def takes(configs, word):
-  """Whether a config takes a flag that is written in the text."""
+  """Whether one of the configs accepts a flag as the text writes it."""
   name, equals, value = word.removeprefix("--").partition("=")
   path = name.removeprefix("noconfig.").removeprefix("config.")
   if not name.startswith(("config.", "noconfig.")) or path.isupper():
@@ -68,7 +68,7 @@ def links(page):
   return re.findall(r"\]\(([^)\s]+)\)", pages.prose(page))
 
 
-@pytest.mark.parametrize("page", pages.PAGES)
+@pytest.mark.parametrize("page", [*pages.PAGES, "CHANGELOG.md"])
 def test_links_lead_somewhere(page):
   assert len({*anchors(page)}) == len(anchors(page))
   for link in links(page):
@@ -81,7 +81,7 @@ def test_links_lead_somewhere(page):
       assert anchor in anchors(target.resolve().relative_to(pages.ROOT)), link
 
 
-# Releasing is for who has the repository, not for readers.
+# docs/releasing.md is for maintainers, not for readers.
 @pytest.mark.parametrize(
   "page",
   [p for p in pages.PAGES if p not in ("README.md", "docs/releasing.md")],
@@ -94,3 +94,7 @@ def test_a_page_is_linked_from_another(page):
     for link in links(other)
   ]
   assert pages.ROOT / page in found
+
+
+def test_the_front_page_stays_short():
+  assert len(pages.read("README.md").splitlines()) <= 200

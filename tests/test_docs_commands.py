@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from train import compile as compile_lib
 from train import flags
 
-# Executed by the test of the same kind of name, or by `.ci/run`.
+# Run by another test, or by `.ci/run`.
 ELSEWHERE = [
   ["python", "-m", "build"],
   ["python", "-m", "venv"],
@@ -20,7 +20,7 @@ ELSEWHERE = [
   ["."],
   ["cd"],
 ]
-# What a command is given to be short; a field that its config lacks is not.
+# Makes a run short; a field that the config lacks is left out.
 SHORT = {
   "num_steps": "3",
   "batch_size": "8",
@@ -48,7 +48,7 @@ SHORT_SWEEP = {
   "seeds": "1",
   "evaluations": "2",
 }
-# A value in the place of what the reader fills in.
+# Values for what the reader fills in.
 FILLED = {"HOST:PORT": "localhost:1234", "N": "2", "I": "0"}
 
 
@@ -79,13 +79,13 @@ def shown(page):
 
 
 def fill(words):
-  """Returns words with values in the places of HOST:PORT, N and I."""
+  """Returns words with values for HOST:PORT, N and I."""
   split = [word.partition("=") for word in words]
   return [name + eq + FILLED.get(value, value) for name, eq, value in split]
 
 
 def check(words):
-  """Checks a command as far as it can be without running it."""
+  """Checks a command as far as possible without running it."""
   if words[0] == "gcloud":
     (inner,) = [w for w in words if w.startswith("--command=")]
     for command in commands(inner.removeprefix("--command=")):
@@ -119,7 +119,7 @@ def check_pip(words):
       assert {*found[1].split(",")} <= extras.keys(), word
 
 
-# Commands that take folders alone, and how many.
+# Commands that take only folders, and how many.
 FOLDERS = {"train.inspect": 1, "train.plot": 1, "train.export": 2}
 
 
@@ -151,7 +151,7 @@ def check_job(module, arguments):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """The working directory of commands, with what they read of the checkout."""
+  """A working directory that has what commands read from the checkout."""
   monkeypatch.chdir(tmp_path)
   for name in ("configs", "docs"):
     (tmp_path / name).symlink_to(pages.ROOT / name)
@@ -159,13 +159,13 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [p for p in pages.PAGES if shown(p)])
-def test_commands_are_such_that_the_jobs_take(page, folder):
+def test_jobs_accept_the_commands(page, folder):
   for words in shown(page):
     check(words)
 
 
 def shortened(module, arguments):
-  """Returns a job's arguments, for a run of a few steps of a small model."""
+  """Returns a job's arguments, changed to a few steps of a small model."""
   config = next(w for w in arguments if w.startswith("--config="))
   present = flags.load_config(config.removeprefix("--config="))
   fields = {
@@ -174,7 +174,7 @@ def shortened(module, arguments):
     "train.sweep": SHORT_SWEEP,
   }[module]
   fields = {k: v for k, v in fields.items() if is_field(present, k)}
-  # A tuple would collect the values of a repeated flag.
+  # A repeated flag would append to a tuple.
   kept = [
     word
     for word in arguments
@@ -192,7 +192,7 @@ def is_field(config, path):
 
 
 def runs(page):
-  """Returns what a page has to run here: (module, arguments)."""
+  """Returns the commands of a page to run: (module, arguments)."""
   return [
     (words[2], words[3:])
     for words in shown(page)
@@ -210,9 +210,9 @@ def test_commands_run_one_after_the_other(page, folder, capfd):
   train = importlib.import_module("train.main").main
   newest = None
   for number, (module, arguments) in enumerate(runs(page)):
-    main = importlib.import_module(module).main
+    main = main_of(module)
     if module not in FOLDERS:
-      # DIR stands for a folder of each run's own.
+      # DIR is another folder for each run.
       mine = [w.replace("=DIR", f"=DIR{number}") for w in arguments]
       if mine != arguments and module == "train.main":
         newest = f"DIR{number}"

@@ -27,9 +27,9 @@ class Model(nnx.Module):
 
 
 def given(code, folder):
-  """Returns what a snippet may use of the job around it.
+  """Returns the names that a snippet may use from the job around it.
 
-  The model is Linen's where the snippet has a TrainState, else NNX's.
+  The model is Linen's if the snippet has a TrainState, otherwise NNX's.
   """
   found = {
     "flax_mechanic": flax_mechanic,
@@ -73,7 +73,7 @@ def given(code, folder):
 
 
 def executed(page):
-  """Returns the blocks of a page to be run; torch's only where torch is."""
+  """Returns a page's blocks to run; without torch, those that do not use it."""
   has_torch = importlib.util.find_spec("mechanic_pytorch") is not None
   return [
     (line, code)
@@ -91,7 +91,7 @@ def test_snippets_run_one_after_the_other(page, tmp_path, monkeypatch):
   for line, code in executed(page):
     around = given(code, tmp_path)
     names = around | written
-    # A traceback tells the page and its line.
+    # A traceback shows the page and its line.
     exec(compile("\n" * line + code, str(pages.ROOT / page), "exec"), names)
     written |= {
       name: value

@@ -1,4 +1,4 @@
-"""What the tables of README.md and docs/ say is so."""
+"""What the tables of README.md and docs/ say is true."""
 
 import ast
 import inspect
@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from optax import contrib
 
 import flax_mechanic
+from configs.default import get_config
 from train import flags
 
 
 def methods():
-  """Returns the registry, without what other tests have registered."""
+  """Returns the registry without the rows that other tests have added."""
   rows = flax_mechanic.methods().items()
   return {name: row for name, row in rows if row.paper}
 
@@ -47,17 +48,18 @@ def shapes(dtype):
 def test_the_table_of_needs_is_the_registry_s():
   rows = pages.table(
     "docs/choosing.md",
-    "| method | learning rate | needs | schedule | state |",
+    "| method | what it is | learning rate | needs | schedule | state |",
   )
   params = shapes("float32")
   copies = lambda name: (
     size(jax.eval_shape(tx_of(name).init, params)) / size(params)
   )
   assert {row[0].strip("`") for row in rows} == methods().keys()
-  for name, rate, needs, schedule, state in (
+  for name, summary, rate, needs, schedule, state in (
     [cell.replace("`", "") for cell in row] for row in rows
   ):
     method = methods()[name]
+    assert summary == method.summary
     base = method.wraps and copies(method.options["base"])
     tuned = "its base's" if method.wraps else "tuned"
     assert rate == (tuned if method.tuned else "learned")
@@ -72,7 +74,7 @@ def test_the_table_of_needs_is_the_registry_s():
 
 
 def refused(wrapper):
-  """Returns the bases that a wrapper refuses, and those that it warns of."""
+  """Returns the bases that a wrapper refuses, and those it warns about."""
   refuses, warns = set(), set()
   for name in methods():
     with warnings.catch_warnings(record=True) as caught:
@@ -105,7 +107,7 @@ def test_the_table_of_bases_is_what_is_refused():
 
 
 def listed(page, start):
-  """Returns the names in inline code of the first sentence that starts so."""
+  """Returns the names in inline code in the sentence after `start`."""
   text = " ".join(pages.prose(page).split())
   sentence = text[text.index(start) + len(start) :]
   return re.findall(r"`([\w.]+)`", re.split(r"[:;.] ", sentence)[0])
@@ -134,14 +136,13 @@ def test_fields_that_methods_refuse_are_listed():
 
 def test_the_table_of_bytes_is_what_is_held():
   rows = pages.table(
-    "docs/meshes.md", "| | float32 parameters | bfloat16 parameters |"
+    "docs/costs.md", "| | float32 parameters | bfloat16 parameters |"
   )
   held = [
     optax.adamw(1.0),
     contrib.mechanize(optax.adamw(1.0)),
     tx_of("mechanic"),
     tx_of("mechanic", x0_dtype="bfloat16"),
-    tx_of("mechanic", store_delta=True),
     tx_of("mechanic", base="lion"),
   ]
   for (label, *cells), tx in zip(rows, held, strict=True):
@@ -153,6 +154,93 @@ def test_the_table_of_bytes_is_what_is_held():
         count = sum(x.size for x in params.values())
         state = size(jax.eval_shape(tx.init, params))
         assert state / count == pytest.approx(int(cell), abs=0.1), label
+
+
+def stated(cell):
+  """Returns the default that a cell states; "none" is None."""
+  text = cell.strip("`")
+  if text == "none":
+    return None
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def as_stated(value):
+  """Returns a default as a page states it: None for a type and for ()."""
+  return None if isinstance(value, type) or value == () else value
+
+
+def test_the_table_of_mechanic_s_options_is_the_registry_s():
+  rows = pages.table("docs/options.md", "| option | default | meaning |")
+  options = methods()["mechanic"].options
+  assert {name.strip("`"): stated(cell) for name, cell, _ in rows} == {
+    name: as_stated(value) for name, value in options.items()
+  }
+
+
+def test_the_two_sets_of_defaults_are_the_registry_s():
+  rows = pages.table("docs/options.md", "| option | `mechanize` | `mechanic` |")
+  drop_in, flag = (methods()[n].options for n in ("mechanize", "mechanic"))
+  assert drop_in.keys() == flag.keys()
+  assert {name.strip("`"): (stated(a), stated(b)) for name, a, b in rows} == {
+    name: (as_stated(drop_in[name]), as_stated(flag[name]))
+    for name in flag
+    if drop_in[name] != flag[name]
+  }
+
+
+def test_the_table_of_fields_is_every_job_s():
+  def flat(config, prefix=""):
+    for name, value in config.items():
+      if isinstance(value, ConfigDict):
+        yield from flat(value, f"{prefix}{name}.")
+      else:
+        yield prefix + name, value
+
+  config = get_config()
+  del config.opt
+  rows = pages.table("docs/options.md", "| field | default | meaning |")
+  listed = {}
+  for cells in rows:
+    names, values = (re.split(", ", cell) for cell in cells[:2])
+    listed |= {
+      name.strip("`"): cell for name, cell in zip(names, values, strict=True)
+    }
+  assert listed.pop("opt.NAME.OPTION")
+  fields = dict(flat(config))
+  # Each job's file sets its task.
+  assert fields.keys() - listed.keys() == {"task"}
+  assert listed.keys() <= fields.keys()
+  for name, cell in listed.items():
+    if not cell.startswith("the "):
+      expected = None if fields[name] == "" else as_stated(fields[name])
+      assert stated(cell) == expected, name
+
+
+def test_the_readme_s_summary_is_a_part_of_the_sweep_s():
+  def cells(page, head):
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    return {
+      row[0]: dict(zip(names, row, strict=True))
+      for row in pages.table(page, head)
+    }
+
+  front = cells(
+    "README.md",
+    "| loss over tuned adamw's | geometric mean | 95% interval "
+    "| held-out loss, memorized jobs | worst | worst accuracy, points |",
+  )
+  whole = cells(
+    "docs/evidence.md",
+    "| loss over tuned adamw's | geometric mean | 95% interval "
+    "| held-out loss | training loss | held-out loss, memorized jobs | worst "
+    "| worst accuracy, points |",
+  )
+  assert front
+  for name, row in front.items():
+    assert row.items() <= whole[name].items(), name
 
 
 def test_options_of_others_have_these_names_and_defaults():
@@ -182,21 +270,23 @@ def test_options_of_others_have_these_names_and_defaults():
     name, same = first.strip("`"), re.findall(r"`(\w+)`", second)
     if name in theirs and re.fullmatch(r"[\d.e-]+|False", said):
       assert ast.literal_eval(said) == theirs[name]
-      assert ast.literal_eval(own) == (ours[same[0]] or False)
+      if same:
+        assert ast.literal_eval(own) == ours[same[0]]
+    # An option that the table maps to nothing is not one of ours.
+    assert same or name not in ours
   assert len(theirs["betas"]) == ours["num_betas"]
   for i, beta in enumerate(theirs["betas"], 1):
     assert beta == pytest.approx(1 - 0.1**i)
 
 
-def test_the_flags_of_the_old_sequence_compute_it(x64):
+def test_the_flag_of_the_old_sequence_computes_it(x64):
   (span,) = (
     each
     for each in pages.code_spans("docs/migrating.md")
-    if "groups= --config" in each
+    if each == "--config.optimizer=mechanize"
   )
   config = flags.load_config(str(pages.ROOT / "configs/digits.py"))
-  pairs = [word.removeprefix("--").split("=") for word in span.split()]
-  flags.override(config, [("config.optimizer", "mechanic"), *pairs])
+  flags.override(config, [span.removeprefix("--").split("=")])
   schedule = flax_mechanic.make_schedule("warmup_cosine", 30, 3)
   ours = flax_mechanic.make_optimizer(config, schedule)
   theirs = contrib.mechanize(optax.adamw(schedule))

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from test_train import make_config, metrics
 
+from flax_mechanic.paths import by_path
 from train import export, loop
 from train.job import make_job
 
@@ -39,7 +40,9 @@ def test_a_run_starts_from_another_on_another_mesh(source, axis_type):
   with jax.set_mesh(job.mesh):
     state, notes = job.init_from(str(source), params_only=False)
     loss = evaluate(job, state)
-    assert notes[1].startswith("of its optimizer count, mu, nu; afresh")
+    assert notes[1].startswith(
+      "taken from its optimizer: count, mu, nu; restarts: "
+    )
     jax.tree.map(
       lambda leaf, target: (
         (leaf.sharding == target.sharding and leaf.dtype == target.dtype)
@@ -71,25 +74,53 @@ def test_a_run_that_started_from_another_resumes(source, tmp_path, capsys):
 def test_only_parameters(source, tmp_path, capsys):
   fields = {"init_from": str(source), "init_params_only": True}
   loop.train(make_config(**fields, num_steps=10), tmp_path)
-  assert "of its optimizer" not in capsys.readouterr().out
+  assert "its optimizer" not in capsys.readouterr().out
 
 
-def test_a_plain_job_loads_what_is_exported(tmp_path, capsys):
-  config = make_config(optimizer="schedule_free", mesh__fsdp=8, mesh__data=1)
+@pytest.mark.parametrize(
+  ("optimizer", "needed"),
+  [
+    ("mechanic", set()),
+    # What these evaluate is not what they train.
+    ("schedule_free", {"b1", "z"}),
+    ("dog", {"average"}),
+  ],
+)
+def test_a_plain_job_loads_what_is_exported(
+  tmp_path, capsys, monkeypatch, optimizer, needed
+):
+  config = make_config(
+    optimizer=optimizer, mesh__fsdp=8, mesh__data=1, num_steps=10
+  )
   loss = loop.train(config, tmp_path / "run")["eval/loss"]
+  read = set()
+  restore = ocp.PyTreeCheckpointHandler.restore
+
+  def spy(self, directory, args):
+    leaves = by_path(args.item).items()
+    read.update(path for path, leaf in leaves if leaf is not ocp.PLACEHOLDER)
+    return restore(self, directory, args=args)
+
+  monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", spy)
   out = tmp_path / "out"
   assert export.main([str(tmp_path / "run"), str(out)]) == 0
+  monkeypatch.undo()
+  fields = [path.split("/") for path in read if not path.startswith("model/")]
+  assert {name for names in fields for name in needed.intersection(names)} == (
+    needed
+  )
+  assert all(needed.intersection(names) for names in fields)
+
   task = make_job(config).task
   model = task.create_model(nnx.Rngs(1))
   state = nnx.state(model, nnx.Not(nnx.RngState))
   nnx.update(model, ocp.StandardCheckpointer().restore(out, state))
   model.eval()
   losses = [task.loss(model, batch)[0] for batch in task.eval_batches()]
-  # The average that schedule_free evaluates, not what it trains.
   assert float(np.mean(losses)) == pytest.approx(loss, rel=1e-5)
   capsys.readouterr()
   assert export.main([str(tmp_path / "run"), str(out)]) == 2
-  assert "is there already; name a new folder" in capsys.readouterr().err
+  assert "exists already; name a new folder" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What really happens to checkpoints: nothing wrong goes on unnoticed."""
 
+import errno
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from flax_mechanic import Checkpointer, UsageError
+from flax_mechanic.checkpoints import lock
 from train import inspect
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -142,6 +144,21 @@ def test_a_record_that_reads_well_but_is_not_what_was_saved(folder):
   assert outcome(folder) == "detected"
 
 
+def test_a_step_that_is_damaged_again(folder):
+  target = jax.eval_shape(lambda: make_state(0))
+  names = ["damaged_2", "damaged_2_2", "damaged_2_3"]
+  with Checkpointer(folder) as checkpointer:
+    for i in range(3):
+      (folder / "2" / "state" / "manifest.ocdbt").write_text(f"damage {i}")
+      assert checkpointer.restore(target).step == 1
+      checkpointer.save(2, make_state(2), data={"step": 2})
+      checkpointer.wait()
+    assert checkpointer.steps() == [1, 2]
+  for i, name in enumerate(names):
+    damaged = folder / name / "state" / "manifest.ocdbt"
+    assert damaged.read_text() == f"damage {i}"
+
+
 def test_a_reader_moves_nothing(folder):
   shutil.rmtree(folder / "2" / "state" / "d")
   with Checkpointer(folder, read_only=True) as checkpointer:
@@ -185,6 +202,47 @@ def test_two_runs_in_one_directory(folder):
     Checkpointer(folder)
   with Checkpointer(folder, read_only=True) as reader, Checkpointer(folder):
     assert reader.steps() == [1, 2]
+
+
+def test_a_kill_lets_go_of_the_directory(tmp_path):
+  code = f"""
+import flax_mechanic, time
+checkpointer = flax_mechanic.Checkpointer({str(tmp_path)!r})
+print("locked", flush=True)
+time.sleep(100)
+"""
+  holder = subprocess.Popen(
+    [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  assert holder.stdout.readline() == "locked\n"
+  with pytest.raises(
+    UsageError, match=r"another run is writing .*; stop it, or"
+  ):
+    Checkpointer(tmp_path)
+  holder.kill()
+  holder.communicate()
+  Checkpointer(tmp_path).close()
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+  def flock(descriptor, operation):
+    raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+  monkeypatch.setattr(lock.fcntl, "flock", flock)
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, make_state(1))
+    checkpointer.wait()
+    assert checkpointer.restore(make_state(0)).step == 1
+
+
+def test_a_directory_that_is_read_only(tmp_path, monkeypatch):
+  # Not by its mode, which root need not heed.
+  monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+  with pytest.raises(
+    UsageError, match="cannot be written: Permission denied; type --workdir=DIR"
+  ):
+    Checkpointer(tmp_path)
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):

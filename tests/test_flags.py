@@ -154,8 +154,8 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
     ),
     (
       "--config.names=c",
-      "--config.names is a list, which no flag sets; make it a number, a "
-      "text or a tuple in the config file",
+      "--config.names is a list, which no flag can set; make it a number, a "
+      "string or a tuple in the config file",
     ),
     (
       "--config.opt.sgd.nesterov=maybe",
@@ -173,13 +173,14 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
     ),
     (
       "--noconfig.optimizer",
-      "--noconfig.optimizer switches a bool off, and config.optimizer is of "
-      "type str; type --config.optimizer=adamw",
+      "--noconfig.optimizer: config.optimizer is of type str; type "
+      "--config.optimizer=adamw",
     ),
     (
       "--noconfig.opt.sgd.nesterov=false",
-      "--noconfig.opt.sgd.nesterov takes no value; type "
-      "--config.opt.sgd.nesterov=true or --config.opt.sgd.nesterov=false",
+      "--noconfig.opt.sgd.nesterov=false: config.opt.sgd.nesterov is of type "
+      "bool; type --config.opt.sgd.nesterov=true or "
+      "--config.opt.sgd.nesterov=false",
     ),
     (
       "--config.schedule=constant",
@@ -233,8 +234,8 @@ def test_bad_argument(job, capsys, argument, sentence):
     ),
     (
       "configs/plain.py",
-      "--config=configs/plain.py: get_config returned a dict, where a "
-      "ConfigDict is wanted",
+      "--config=configs/plain.py: get_config returned a dict; it must "
+      "return a ConfigDict",
     ),
     (
       "configs/plain.py:small",
@@ -243,7 +244,7 @@ def test_bad_argument(job, capsys, argument, sentence):
     ),
     (
       "configs/wants.py",
-      "--config=configs/wants.py: configs/wants.py wants a variant; type "
+      "--config=configs/wants.py: configs/wants.py needs a variant; type "
       "--config=configs/wants.py:VARIANT",
     ),
     ("configs/job.py:huge", "there is no variant 'huge'"),
@@ -262,8 +263,8 @@ def test_bad_config(job, capsys, config, sentence):
     ("file/x", "--workdir=file/x cannot be written: Not a directory"),
     (
       "gs://bucket/x",
-      "--workdir=gs://bucket/x is a URL; mount the bucket (gcsfuse, for one) "
-      "and give its directory",
+      "--workdir=gs://bucket/x is a URL; mount the bucket (with gcsfuse, "
+      "say) and type the directory",
     ),
   ],
 )
@@ -472,7 +473,7 @@ def test_subprocess_that_nobody_reads(tmp_path, module):
   )
   os.close(writer)
   assert done.returncode == 1
-  assert "what read this output has gone" in done.stderr
+  assert "the reader of this output has gone" in done.stderr
   assert "Traceback" not in done.stderr
 
 

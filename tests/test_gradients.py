@@ -35,7 +35,6 @@ from tests.by_hand import (
   scheduled,
   under,
 )
-from tests.optimizers import DROP_IN
 
 # Per-example gradients.
 
@@ -230,12 +229,12 @@ def test_batch_statistics_are_refused_per_example(name):
   [
     ("sgd", lambda: optax.sgd(scheduled, momentum=0.9), 1e-10),
     ("adamw", lambda: optax.adamw(scheduled), 1e-7),
-    ("mechanic", lambda: contrib.mechanize(optax.adamw(SHAPE)), 1e-6),
+    ("mechanize", lambda: contrib.mechanize(optax.adamw(SHAPE)), 1e-6),
     ("momo", lambda: contrib.momo(SHAPE), 1e-7),
   ],
 )
 def test_sam_is_the_paper_s_two_steps(x64, run, base, reference, tolerance):
-  options = under("sam", base=base, rho=0.3) | DROP_IN
+  options = under("sam", base=base, rho=0.3)
   job = run(build("sam", SHAPE, **options), initial())
   for i in range(4):
     before = job.params

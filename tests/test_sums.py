@@ -1,7 +1,5 @@
 """The four inner products, against NumPy in float64, on every path."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mechanic.mechanic import sums as lib
+from flax_mechanic.mechanic.groups import Groups
 from flax_mechanic.placement import Shardings
 
 # On a mesh of 4x2; with sizes below, at and above a row, and in between.
@@ -92,27 +91,29 @@ def test_trees_without_entries_sum_to_zero(axis_type):
     assert list(map(float, sums)) == [0.0] * 4
 
 
-@pytest.mark.parametrize("f", [lib._sum_at_once, lib._sum_one_by_one])
-def test_both_ways_to_sum_weigh_the_leaves(f):
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("f", [lib._sum_rows, lib._sum_one_by_one])
+def test_both_ways_to_sum_weigh_and_group_the_leaves(f, grouped):
   leaves = list(zip(*(tree.values() for tree in trees()), strict=True))[:-1]
   weights = [0.5, 1.0, 2.0, 0.25, 1.0, 3.0]
-  wanted = sum(
-    w * np.array(expected(*leaf))
-    for leaf, w in zip(leaves, weights, strict=True)
-  )
-  sums = jax.jit(functools.partial(f, weights=weights, products=PRODUCTS))(
+  groups = [0, 1, 0, 2, 2, 1] if grouped else [0] * 6
+  wanted = np.zeros([max(groups) + 1, 4])
+  for leaf, w, group in zip(leaves, weights, groups, strict=True):
+    wanted[group] += w * np.array(expected(*leaf))
+  of = Groups(tuple(groups), (3,) if grouped else ())
+  sums = jax.jit(lambda leaves: f(lib._Part(leaves, weights, of), PRODUCTS))(
     leaves
   )
-  np.testing.assert_allclose(sums, wanted, rtol=1e-5)
+  np.testing.assert_allclose(
+    sums, wanted.T if grouped else wanted[0], rtol=1e-5
+  )
 
 
 def test_a_long_sum_is_accurate():
   # A flat sum in float32 ends at 2^24.
   n = 3 * 2**24
-  leaf = (jnp.ones(n),) * 3
-  sums = jax.jit(
-    functools.partial(lib._sum_at_once, weights=[1.0], products=PRODUCTS)
-  )([leaf])
+  part = lib._Part([(jnp.ones(n),) * 3], [1.0], Groups((0,), ()))
+  sums = jax.jit(lambda leaves: lib._sum_rows(part, PRODUCTS))(part.leaves)
   np.testing.assert_allclose(sums, [n] * 4, rtol=1e-6)
 
 

@@ -151,6 +151,20 @@ def test_a_finished_run_is_evaluated_and_more_steps_go_on(tmp_path):
   assert steps == [10, 20]
 
 
+def test_a_resumed_run_tells_what_changed_of_the_methods_in_use(
+  tmp_path, capsys
+):
+  loop.train(make_config(num_steps=10), tmp_path)
+  capsys.readouterr()
+  changed = {"opt__mechanic__eps": 1e-9, "opt__lion__b1": 0.5}
+  loop.train(make_config(num_steps=20, **changed), tmp_path)
+  lines = capsys.readouterr().out.splitlines()
+  assert sorted(line for line in lines if "is now" in line) == [
+    "config.num_steps was 10 and is now 20",
+    "config.opt.mechanic.eps was 1e-20 and is now 1e-09",
+  ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("optimizer", "base"),

@@ -1,4 +1,4 @@
-"""What the commands of `train` have in common."""
+"""What the commands of `train` share."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def run_command(
     argv: the arguments after the program's name; `sys.argv` if None.
 
   Returns:
-    The exit status: 2 for bad input, 1 if nobody reads what it prints.
+    The exit status: 2 for bad input, 1 if nothing reads the output any more.
   """
   arguments = sys.argv[1:] if argv is None else argv
   if not {"-h", "--help"}.isdisjoint(arguments):
@@ -38,25 +38,25 @@ def run_command(
 
 
 def closed_output() -> int:
-  """Says that what read standard output has gone, as `| head` does.
+  """Says that the reader of standard output has gone, as after `| head`.
 
-  To be called while a BrokenPipeError is handled.
+  Call it while handling a BrokenPipeError.
 
   Returns:
     The exit status.
 
   Raises:
-    BrokenPipeError: the one that is handled, if it is another pipe's.
+    BrokenPipeError: the one being handled, if it is another pipe's.
   """
   try:
     print(flush=True)
   except BrokenPipeError:
-    # Python flushes it at the end, which would fail once more.
+    # Python flushes standard output when it exits, which would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   else:
     raise
   print(
-    "error: what read this output has gone; the same command goes on",
+    "error: the reader of this output has gone; the same command resumes",
     file=sys.stderr,
   )
   return 1

@@ -1,15 +1,15 @@
-r"""Compiles the training step for devices that are not there.
+r"""Compiles the training step for devices that this machine does not have.
 
   python -m train.compile --config=FILE[:VARIANT] --topology=TOPOLOGY
 
-prints what the step takes of each device: memory, and whether it fits, matrix
-products, bytes, collectives; for the job's base optimizer alone, for optax's
-mechanize and for mechanic over it, and for the job's optimizer if that is
-another.
+prints what a step needs on each device: memory, and whether it fits, matrix
+products, bytes and collectives. It compares the job's base optimizer alone,
+optax's mechanize over it and mechanic over it, and adds the job's own optimizer
+if that is another.
 
 --topology=v5e:16x16     a slice of a TPU pod; also v5p:4x4x4, v6e:16x16,
-                         v4:4x4x4 and others; wants the extra [tpu]
---topology=cpu:8         as many devices of a CPU
+                         v4:4x4x4 and others; needs the extra [tpu]
+--topology=cpu:8         that many CPU devices
 --config.FIELD=VALUE     replaces a field of the job, any number of times
 
 For example:
@@ -17,30 +17,27 @@ For example:
   python -m train.compile --config=configs/text.py:1b --topology=v5e:16x16
 """
 
-import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import optax
 from ml_collections import ConfigDict
-from optax import contrib
 
-from flax_mechanic import make_optimizer
+from flax_mechanic import make_optimizer, methods
 from flax_mechanic.errors import UsageError
 from train import flags
 from train.command import run_command
-from train.cost import program
-from train.job import Job, make_job
+from train.cost import program, updates
+from train.cost.step import measure
+from train.job import make_job
 from train.tables import format_table
 
 # GiB of HBM a chip.
 _HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
 _FORMAT = re.compile(r"(cpu):(\d+)|(v4|v5e|v5p|v6e):(\d+(?:x\d+)+)")
-_MIB = 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: Sequence[str]) -> Iterator[str]:
+  updates.register_reference()
   config, given = flags.read(arguments, ["topology"])
   topology = given["topology"]
   devices = _devices(topology)
@@ -59,9 +57,9 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
     + f", {len({device.process_index for device in devices})} processes"
   )
   columns = {}
-  for name, variant, tx in _variants(config):
+  for name, variant in _variants(config):
     start = time.perf_counter()
-    columns[name] = _measure(make_job(variant, devices, tx), hbm)
+    columns[name] = measure(make_job(variant, devices), hbm)
     yield f"compiled with {name} in {time.perf_counter() - start:.0f} s"
   labels = dict.fromkeys(label for each in columns.values() for label in each)
   rows = [
@@ -69,12 +67,12 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
     for label in labels
   ]
   yield ""
-  yield format_table([["a step, of each device", *columns], *rows])
+  yield format_table([["a step, on each device", *columns], *rows])
   yield ""
   yield (
-    "In all: the arguments (parameters, optimizer's state, batch), temporaries "
-    "and the program. Matrix products and collectives are counted in every "
-    "layer; the compiler counts the bytes of a loop over layers once "
+    "In all: the arguments (parameters, the optimizer's state, the batch), "
+    "temporaries and the program. Matrix products and collectives are counted "
+    "in every layer; the compiler counts the bytes of a loop over layers once "
     "(--noconfig.model.scan_layers unrolls it, and takes longer)."
   )
 
@@ -83,12 +81,12 @@ def _devices(topology: str) -> Sequence[Any]:
   """Returns the topology's devices.
 
   Raises:
-    UsageError: there is no such topology, or no compiler for it here.
+    UsageError: there is no such topology, or no compiler for it is installed.
   """
   match = _FORMAT.fullmatch(topology)
   if not match:
     raise UsageError(
-      f"--topology={topology} is not known; type --topology=v5e:16x16 (or v4, "
+      f"--topology={topology} is unknown; type --topology=v5e:16x16 (or v4, "
       "v5p, v6e) or --topology=cpu:8"
     )
   jax.config.update("jax_platforms", "cpu")
@@ -99,7 +97,7 @@ def _devices(topology: str) -> Sequence[Any]:
     return program.tpu_devices(topology)
   except ImportError:
     raise UsageError(
-      f"--topology={topology} wants the compiler for TPUs; type "
+      f"--topology={topology} needs the compiler for TPUs; type "
       'pip install -e ".[tpu]" -c constraints.txt, or --topology=cpu:8'
     ) from None
   except jax.errors.JaxRuntimeError as error:
@@ -109,97 +107,28 @@ def _devices(topology: str) -> Sequence[Any]:
     ) from None
 
 
-def _variants(
-  config: ConfigDict,
-) -> Iterator[tuple[str, ConfigDict, optax.GradientTransformation | None]]:
-  """Yields the job with its base, optax's and our mechanize over that, as is.
+def _variants(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
+  """Yields the job with each update over its base, and as it is.
 
-  A base that mechanic does not take is left for adamw.
+  A base that cannot be under mechanic is replaced by mechanic's default one.
   """
 
-  def with_optimizer(name: str, base: str = "") -> ConfigDict:
+  def with_update(update: updates.Update, base: str) -> ConfigDict:
     variant = config.copy_and_resolve_references()
-    variant.optimizer = name
-    if base:
-      variant.opt[name].base = base
+    update.configure(variant, base)
     return variant
 
+  flag = updates.UPDATES[updates.FLAG]
   base = config.opt[config.optimizer].get("base", config.optimizer)
   try:
-    make_optimizer(with_optimizer("mechanic", base))
+    make_optimizer(with_update(flag, base))
   except UsageError:
-    base = "adamw"
-  alone = with_optimizer(base)
-  yield base, alone, None
-  yield "optax's mechanize", alone, contrib.mechanize(make_optimizer(alone))
-  yield "mechanic", with_optimizer("mechanic", base), None
-  if config.optimizer not in (base, "mechanic"):
-    yield config.optimizer, config, None
-
-
-def _measure(job: Job, hbm: int | None) -> Mapping[str, str]:
-  """Compiles a job's training step; returns label -> value."""
-  model, optimizer = (job.target[part] for part in ("model", "optimizer"))
-  batch = job.batch_target()
-  count = sum(leaf.size for leaf in jax.tree.leaves(model))
-  column = {
-    "parameters": f"{count / 1e6:,.1f} million",
-    "parameters, MiB": _mib(_held(model)),
-    "optimizer's state, MiB": _mib(_held(optimizer)),
-    "batch, MiB": _mib(_held(batch)),
-  }
-  with jax.set_mesh(job.mesh):
-    traced = cast(Any, job.train_step).trace(job.target, batch)
-    flops = program.matmul_flops(traced.jaxpr)
-    try:
-      compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      over = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", str(error))
-      why = f", it takes {over[1]} of {over[2]}" if over else ""
-      return column | {"fits": f"no{why}"}
-  memory = compiled.memory_analysis()
-  total = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.generated_code_size_in_bytes
-  )
-  column |= {
-    "arguments as compiled, MiB": _mib(memory.argument_size_in_bytes),
-    "temporaries, MiB": _mib(memory.temp_size_in_bytes),
-    "program, MiB": _mib(memory.generated_code_size_in_bytes),
-    "in all, MiB": _mib(total),
-  }
-  if hbm:
-    fits = total <= hbm * 1024 * _MIB
-    column["fits"] = (
-      f"{'yes' if fits else 'no'}, {total / (hbm * 1024 * _MIB):.0%}"
-    )
-  if memory.host_argument_size_in_bytes:
-    column["host memory, MiB"] = _mib(memory.host_argument_size_in_bytes)
-  cost = compiled.cost_analysis() or {}
-  column |= {
-    "GFLOP in matrix products": f"{flops / job.mesh.size / 1e9:,.1f}",
-    "compiler's bytes, MiB": _mib(cost.get("bytes accessed", 0)),
-  }
-  for kind, found in program.collectives(compiled.as_text()).items():
-    column[kind] = f"{found.count}, {_mib(found.bytes)} MiB"
-  return column
-
-
-def _held(tree: Any) -> int:
-  """Returns the bytes that a device holds of a tree."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
-def _mib(count: float) -> str:
-  return f"{count / _MIB:,.1f}"
+    base = methods()[updates.FLAG].options["base"]
+  for name in ("base alone", "optax's mechanize", updates.FLAG):
+    update = updates.UPDATES[name]
+    yield (name if update.row else base), with_update(update, base)
+  if config.optimizer not in (base, updates.FLAG):
+    yield config.optimizer, config
 
 
 if __name__ == "__main__":

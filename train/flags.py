@@ -1,8 +1,8 @@
 """The command line: every mistake is one sentence, before anything compiles.
 
-ml_collections gives a config's fields their flags and types. This layer reads
-the arguments, loads the config file and checks each name first, so that what is
-wrong is said in one sentence, with the nearest right thing to type.
+ml_collections parses the values of a config's fields. This module reads the
+arguments, loads the config file and checks each name first, so that an error is
+one sentence that says what to type instead.
 """
 
 import difflib
@@ -30,7 +30,7 @@ _EXAMPLES = {
 
 
 class Processes(NamedTuple):
-  """Who this process is among those of the job.
+  """This process's place among those of the job.
 
   Attributes:
     coordinator: HOST:PORT of process 0.
@@ -44,7 +44,7 @@ class Processes(NamedTuple):
 
 
 class Arguments(NamedTuple):
-  """What the command line of `train.main` says."""
+  """The command line of `train.main`, parsed."""
 
   config: ConfigDict
   workdir: Path
@@ -72,14 +72,14 @@ def parse(argv: Sequence[str]) -> Arguments:
 def read(
   argv: Sequence[str], required: Sequence[str], optional: Sequence[str] = ()
 ) -> tuple[ConfigDict, dict[str, str]]:
-  """Returns the config, overrides applied, and the program's own flags.
+  """Returns the config with its overrides, and the program's own flags.
 
   Args:
     argv: the arguments after the program's name, in any order: `--config=FILE`,
       `--config.FIELD=VALUE` and the program's own. The value may also be the
       next argument, and a bool is switched off by `--noconfig.FIELD` too.
-    required: names of the program's own flags.
-    optional: the same, of those that may be left out.
+    required: names of the program's own flags that must be given.
+    optional: names of those that may be left out.
 
   Raises:
     UsageError: an argument that is missing, unknown or of the wrong type, or a
@@ -96,14 +96,14 @@ def read(
 
 
 def load_config(spec: str) -> ConfigDict:
-  """Returns, locked, what `get_config` in a config file returns.
+  """Returns the config that a config file's `get_config` returns, locked.
 
   Args:
     spec: `FILE` or `FILE:VARIANT`; the variant is get_config's argument.
 
   Raises:
-    UsageError: no such file, no `get_config`, or a variant that does not fit.
-      Any other exception is the config file's own.
+    UsageError: no such file, no `get_config`, or no such variant. The config
+      file's own exceptions pass through.
   """
   name, _, variant = spec.partition(":")
   path = Path(name)
@@ -123,7 +123,7 @@ def load_config(spec: str) -> ConfigDict:
   try:
     inspect.signature(module.get_config).bind(*arguments)
   except TypeError:
-    wrong = "has no variants" if variant else "wants a variant"
+    wrong = "has no variants" if variant else "needs a variant"
     fix = name if variant else f"{name}:VARIANT"
     raise UsageError(
       f"--config={spec}: {name} {wrong}; type --config={fix}"
@@ -131,8 +131,8 @@ def load_config(spec: str) -> ConfigDict:
   config = module.get_config(*arguments)
   if not isinstance(config, ConfigDict):
     raise UsageError(
-      f"--config={spec}: get_config returned a {type(config).__name__}, "
-      "where a ConfigDict is wanted"
+      f"--config={spec}: get_config returned a {type(config).__name__}; it "
+      "must return a ConfigDict"
     )
   return config.lock()
 
@@ -140,18 +140,18 @@ def load_config(spec: str) -> ConfigDict:
 def override(
   config: ConfigDict, overrides: Sequence[tuple[str, str | None]]
 ) -> None:
-  """Sets fields of `config` in place, as the command line asks.
+  """Sets fields of `config` in place.
 
   Args:
     config: a locked config.
-    overrides: flag and value, such as `("config.num_steps", "80")`; a bool
-      needs no value, and None leaves a field that is None. A tuple collects
-      the values of a repeated flag; of any other field the last one counts.
+    overrides: pairs of a flag and its value, such as `("config.num_steps",
+      "80")`; None for a flag without a value. A tuple collects the values of a
+      repeated flag; for any other field the last value counts.
 
   Raises:
     UsageError: an unknown field, a group of fields, or a value of another type.
   """
-  values: dict[str, list[str]] = {}
+  given: dict[str, list[str]] = {}
   for flag, value in overrides:
     path = flag.removeprefix("no").removeprefix("config.")
     holder, key = _find(config, path)
@@ -161,31 +161,22 @@ def override(
         f"--{flag} is a group of fields; set one of "
         + ", ".join(f"--{flag}.{name}" for name in holder[key])
       )
-    example = _example(path, holder[key], kind)
-    if flag.startswith("no"):
-      if kind is not bool:
-        raise UsageError(
-          f"--{flag} switches a bool off, and config.{path} is of type "
-          f"{kind.__name__}; type {example}"
-        )
-      if value is not None:
-        raise UsageError(f"--{flag} takes no value; type {example}")
-      value = "false"
-    elif value is None and kind is bool:
-      value = "true"
-    elif value is None:
-      raise UsageError(f"--{flag} has no value; type {example}")
+    if value is None and kind is not bool and not flag.startswith("no"):
+      raise UsageError(
+        f"--{flag} has no value; type {_example(path, holder[key], kind)}"
+      )
     if holder[key] is None and value == "None":
-      values.pop(path, None)
+      given.pop(path, None)
       continue
     if kind is type(None):
       # ml_collections 1.1 has no parser for a field that is plainly None.
       with config.unlocked():
         holder[key] = config_dict.placeholder(object)
-    values.setdefault(path, []).append(value)
+    argument = f"--{flag}" if value is None else f"--{flag}={value}"
+    given.setdefault(path, []).append(argument)
 
-  for path, texts in values.items():
-    arguments = ["", *(f"--config.{path}={text}" for text in texts)]
+  for path, arguments in given.items():
+    arguments = ["", *arguments]
     parser = absl.flags.FlagValues()
     holder, key = _find(config, path)
     kind = holder.get_type(key)
@@ -195,20 +186,20 @@ def override(
       )
     except absl.flags.Error:
       raise UsageError(
-        f"--config.{path} is a {kind.__name__}, which no flag sets; make it a "
-        "number, a text or a tuple in the config file"
+        f"--config.{path} is a {kind.__name__}, which no flag can set; make it "
+        "a number, a string or a tuple in the config file"
       ) from None
     try:
       parser(arguments)
-    except absl.flags.Error:
+    except (absl.flags.Error, ValueError):
       raise UsageError(
-        f"--config.{path}={texts[-1]}: config.{path} is of type "
-        f"{kind.__name__}; type {_example(path, holder[key], kind)}"
+        f"{arguments[-1]}: config.{path} is of type {kind.__name__}; type "
+        + _example(path, holder[key], kind)
       ) from None
 
 
 def fields(config: ConfigDict) -> Iterator[str]:
-  """Yields every field of a config as the flag that sets its present value."""
+  """Yields, for every field of a config, the flag that sets its value."""
   for path in _paths(config):
     holder, key = _find(config, path)
     yield shlex.quote(f"--config.{path}={holder[key]}")
@@ -218,12 +209,12 @@ def check_workdir(workdir: str) -> None:
   """Creates the working directory and writes to it.
 
   Raises:
-    UsageError: it is a URL, or cannot be created or written to.
+    UsageError: it is a URL, or it cannot be created or written to.
   """
   if "://" in workdir:
     raise UsageError(
-      f"--workdir={workdir} is a URL; mount the bucket (gcsfuse, for one) and "
-      "give its directory"
+      f"--workdir={workdir} is a URL; mount the bucket (with gcsfuse, say) and "
+      "type the directory"
     )
   try:
     path = Path(workdir).expanduser()
@@ -268,7 +259,7 @@ def _processes(given: dict[str, str]) -> Processes | None:
 def _split(
   argv: Sequence[str], names: Sequence[str]
 ) -> tuple[dict[str, str | None], list[tuple[str, str | None]]]:
-  """Splits arguments into flags of the job and overrides of its config."""
+  """Splits arguments into the program's flags and overrides of the config."""
   given: dict[str, str | None] = {}
   overrides = []
   rest = list(argv)
@@ -307,7 +298,7 @@ def _value(given: dict[str, str | None], name: str) -> str:
 
 
 def _nearest_config(path: Path) -> str:
-  """The hint for a config file that is not there."""
+  """Returns a hint at the config file that may have been meant."""
   folders = (Path("configs"), path.parent)
   files = {
     file.stem: str(file)
@@ -335,9 +326,9 @@ def _find(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
 
 
 def _unknown(config: ConfigDict, path: str) -> str:
-  """Says what may have been meant by a field that the config has not."""
-  # Part by part: matching whole paths would let a long right beginning outweigh
-  # a wrong end.
+  """Returns what to say of a field that the config does not have."""
+  # Part by part: matched whole, a long correct beginning would outweigh a wrong
+  # end.
   node, right, prefix = config, [], "config"
   for part in path.split("."):
     if not isinstance(node, ConfigDict):
@@ -366,7 +357,7 @@ def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def _example(path: str, value: object, kind: type) -> str:
-  """Returns a flag that would be right for the field, quoted for a shell."""
+  """Returns a valid flag for the field, quoted for a shell."""
   if kind is bool:
     return f"--config.{path}=true or --config.{path}=false"
   if value is None or value == "":

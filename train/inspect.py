@@ -1,10 +1,10 @@
-r"""Tells what a run has saved, and whether it is intact.
+r"""Lists a run's checkpoints and whether they are intact.
 
   python -m train.inspect DIR
 
-prints, for the --workdir of a run that may be running, each checkpoint's size,
-whether every array of it has the checksum that it was saved with, and what was
-measured and learned by then.
+DIR is the --workdir of a run, which may still be running. For each checkpoint
+it prints the size, whether every array has the checksum that it was saved with,
+and what was measured and learned by that step.
 """
 
 import functools

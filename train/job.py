@@ -22,6 +22,81 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
+class Functions:
+  """A job's pure functions: for `jit` here, for `vmap` and `scan` in a sweep.
+
+  To be created and called with the job's mesh set, on automatic axes.
+
+  Attributes:
+    task: the data, the model and the loss.
+    abstract: the model and its optimizer, shapes instead of arrays.
+    graphdef: what turns a state back into a model and its optimizer.
+  """
+
+  def __init__(
+    self, task: Task, config: ConfigDict, tx: optax.GradientTransformation
+  ):
+    """Traces the job's creation.
+
+    Args:
+      task: the data, the model and the loss.
+      config: as `configs.default` describes it; its seed is not read.
+      tx: the optimizer; a traced learning rate may be part of it.
+    """
+    self.task = task
+    self._config = config
+    self._tx = tx
+    self.abstract = nnx.eval_shape(lambda: self._create_objects(0))
+    self.graphdef = nnx.graphdef(self.abstract)
+
+  def create(self, seed: jax.typing.ArrayLike) -> nnx.State:
+    """Returns the state of a new model and its optimizer."""
+    return nnx.state(self._create_objects(seed))
+
+  def train_step(
+    self, state: nnx.State, batch: Batch
+  ) -> tuple[nnx.State, Metrics]:
+    """Returns the state after a step, and what was measured."""
+    objects = nnx.merge(self.graphdef, state)
+    optimizer = objects["optimizer"]
+    loss, metrics = optimizer.minimize(
+      objects["model"], self.task.loss, batch, has_aux=True
+    )
+    metrics = _prefixed("train", {"loss": loss, **metrics})
+    metrics |= flax_mechanic.scalars(optimizer.opt_state)
+    return nnx.state(objects), metrics
+
+  def eval_step(self, state: nnx.State, batch: Batch) -> Metrics:
+    """Returns what is measured on a held-out batch."""
+    loss, metrics = self.task.loss(self.eval_model(state), batch)
+    return _prefixed("eval", {"loss": loss, **metrics})
+
+  def eval_model(self, state: nnx.State) -> nnx.Module:
+    """Returns the model to evaluate and export."""
+    objects = nnx.merge(self.graphdef, state)
+    model = objects["optimizer"].eval_model(objects["model"])
+    model.eval()
+    return model
+
+  def _create_objects(self, seed: jax.typing.ArrayLike) -> dict[str, Any]:
+    config = self._config
+    model = self.task.create_model(nnx.Rngs(jax.random.key(seed)))
+    mesh_lib.annotate(model)
+    # Drawn in float32 and cast: jax.random.normal in bfloat16 takes 8 random
+    # bits, and its draws have a mean of -0.01 (jax 0.12).
+    params = nnx.state(model, nnx.Param)
+    nnx.update(
+      model, jax.tree.map(lambda x: x.astype(config.param_dtype), params)
+    )
+    optimizer = flax_mechanic.Optimizer(
+      model,
+      self._tx,
+      shard_over=("data", "fsdp") if config.shard_optimizer_state else (),
+      offload=config.offload_optimizer_state,
+    )
+    return {"model": model, "optimizer": optimizer}
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """A job whose whole state is one pytree of arrays.
@@ -29,33 +104,41 @@ class Job:
   Its functions are to be called with `jax.set_mesh(job.mesh)`.
 
   Attributes:
-    task: data, model and loss.
+    functions: the job's pure functions; those below are compiled from them.
     batch_size: examples a step, over all processes.
     mesh: the devices of every process.
-    graphdef: what turns a state back into a model and its optimizer.
-    target: the state's shapes, dtypes and shardings, nothing allocated.
-    create: () -> state, compiled; each array is made where it lies.
+    target: the state's shapes, dtypes and shardings; nothing is allocated.
+    create: () -> state, compiled; each array is created where it is placed.
     train_step: (state, batch) -> (state, metrics), compiled, donates its state.
     eval_step: (state, batch) -> metrics, compiled.
   """
 
-  task: Task
+  functions: Functions
   batch_size: int
   mesh: Mesh
-  graphdef: nnx.GraphDef
   target: nnx.State
   create: Callable[[], nnx.State]
   train_step: Callable[[nnx.State, Batch], tuple[nnx.State, Metrics]]
   eval_step: Callable[[nnx.State, Batch], Metrics]
+
+  @property
+  def task(self) -> Task:
+    """The data, the model and the loss."""
+    return self.functions.task
+
+  @property
+  def automatic(self) -> Mesh:
+    """The mesh with automatic axes, as models see it."""
+    return _automatic(self.mesh)
 
   def init_from(
     self, directory: str, params_only: bool
   ) -> tuple[nnx.State, Sequence[str]]:
     """Returns a new state that starts where another run's checkpoint ended.
 
-    With it come sentences on what was taken and what starts afresh.
+    Also returns notes on what was taken over and what restarts.
     """
-    objects = nnx.merge(self.graphdef, self.create())
+    objects = nnx.merge(self.functions.graphdef, self.create())
     notes = objects["optimizer"].init_from(
       objects["model"], directory, params_only=params_only
     )
@@ -68,7 +151,7 @@ class Job:
     return mesh_lib.spread(load, self.batch_size, self.mesh)
 
   def batch_target(self) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Returns a batch's shapes, dtypes and shardings, nothing allocated."""
+    """Returns a batch's shapes, dtypes and shardings; allocates nothing."""
     one = self.task.train_batch(0, slice(1))
     sharding = mesh_lib.batch_sharding(self.batch_size, self.mesh)
     return {
@@ -88,36 +171,26 @@ class Job:
   def eval_model(self, state: nnx.State) -> nnx.Module:
     """Returns the model to evaluate and export, on automatic axes.
 
-    To be called, and the model as well, under `jax.set_mesh` of `automatic`.
+    Call it, and the model it returns, under `jax.set_mesh(job.automatic)`.
     """
     shardings = jax.tree.map(
       lambda leaf: NamedSharding(self.automatic, leaf.sharding.spec),
       self.target,
     )
-    return _eval_model(self.graphdef, jax.device_put(state, shardings))
+    return self.functions.eval_model(jax.device_put(state, shardings))
 
   def report(self, state: nnx.State) -> str:
     """Returns what the task shows at the end of a run."""
     with jax.set_mesh(self.automatic):
       return self.task.report(self.eval_model(state))
 
-  @property
-  def automatic(self) -> Mesh:
-    """The mesh as models see it, which do not type their results."""
-    return _automatic(self.mesh)
 
-
-def make_job(
-  config: ConfigDict,
-  devices: Sequence[Any] | None = None,
-  tx: optax.GradientTransformation | None = None,
-) -> Job:
+def make_job(config: ConfigDict, devices: Sequence[Any] | None = None) -> Job:
   """Builds the job that a config describes; loads its data, compiles nothing.
 
   Args:
     config: as `configs.default` describes it.
     devices: to run on, all by default.
-    tx: the optimizer, by default the config's.
 
   Raises:
     UsageError: a value in the config is out of range.
@@ -127,16 +200,14 @@ def make_job(
   if config.batch_size % parts:
     raise UsageError(
       f"config.batch_size={config.batch_size} must be a multiple of {parts}, "
-      "the devices over which config.mesh.data and .fsdp split it"
+      "the number of devices that config.mesh.data and .fsdp split it over"
     )
-  tx = tx or flax_mechanic.make_optimizer(config, make_schedule(config))
+  tx = flax_mechanic.make_optimizer(config, make_schedule(config))
   task = make_task(config)
-  create = functools.partial(create_objects, task, config, tx, config.seed)
-
   with jax.set_mesh(_automatic(mesh)):
-    objects = nnx.eval_shape(create)
-  graphdef, state = nnx.split(objects)
-  shardings = _shardings(objects, state, mesh)
+    functions = Functions(task, config, tx)
+  state = nnx.state(functions.abstract)
+  shardings = _shardings(functions.abstract["optimizer"], state, mesh)
   specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
 
   def compiled(function: Callable, out: Any, **options: Any) -> Any:
@@ -147,10 +218,9 @@ def make_job(
     return jax.jit(function, **options)
 
   return Job(
-    task=task,
+    functions=functions,
     batch_size=config.batch_size,
     mesh=mesh,
-    graphdef=graphdef,
     target=jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
@@ -159,20 +229,20 @@ def make_job(
       shardings,
     ),
     create=compiled(
-      lambda: nnx.state(create()), specs, out_shardings=shardings
+      lambda: functions.create(config.seed), specs, out_shardings=shardings
     ),
     train_step=compiled(
-      functools.partial(train_step, task, graphdef),
+      functions.train_step,
       (specs, P()),
       donate_argnums=0,
       out_shardings=(shardings, None),
     ),
-    eval_step=compiled(functools.partial(eval_step, task, graphdef), P()),
+    eval_step=compiled(functions.eval_step, P()),
   )
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
-  """Returns the shape, with peak 1, of the config's learning rate."""
+  """Returns the config's schedule, scaled to a peak of 1."""
   return flax_mechanic.make_schedule(
     config.schedule.name or flax_mechanic.own_schedule(config),
     config.num_steps // config.accumulate_steps,
@@ -180,100 +250,23 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
   )
 
 
-def create_objects(
-  task: Task,
-  config: ConfigDict,
-  tx: optax.GradientTransformation,
-  seed: jax.typing.ArrayLike,
-) -> dict[str, Any]:
-  """Returns a new model and its optimizer.
-
-  Args:
-    task: whose model it is.
-    config: as `configs.default` describes it; its seed is not read.
-    tx: the optimizer.
-    seed: of the parameters.
-  """
-  model = task.create_model(nnx.Rngs(jax.random.key(seed)))
-  mesh_lib.annotate(model)
-  # Drawn in float32 and cast: jax.random.normal in bfloat16 takes 8 random
-  # bits, and its draws have a mean of -0.01 (jax 0.12).
-  params = nnx.state(model, nnx.Param)
-  nnx.update(
-    model, jax.tree.map(lambda x: x.astype(config.param_dtype), params)
-  )
-  optimizer = flax_mechanic.Optimizer(
-    model,
-    tx,
-    shard_over=("data", "fsdp") if config.shard_optimizer_state else (),
-    offload=config.offload_optimizer_state,
-  )
-  return {"model": model, "optimizer": optimizer}
-
-
-def train_step(
-  task: Task,
-  graphdef: nnx.GraphDef,
-  state: nnx.State,
-  batch: Batch,
-  tx: optax.GradientTransformation | None = None,
-) -> tuple[nnx.State, Metrics]:
-  """Returns the state after a step, and what was measured.
-
-  Args:
-    task: whose loss it is.
-    graphdef: of the state.
-    state: of what `create_objects` returns.
-    batch: on the mesh.
-    tx: in place of the one in `graphdef`; one with the same state.
-  """
-  objects = nnx.merge(graphdef, state)
-  optimizer = objects["optimizer"]
-  optimizer.tx = tx or optimizer.tx
-  loss, metrics = optimizer.minimize(
-    objects["model"], task.loss, batch, has_aux=True
-  )
-  metrics = _prefixed("train", {"loss": loss, **metrics})
-  metrics |= flax_mechanic.scalars(optimizer.opt_state)
-  return nnx.state(objects), metrics
-
-
-def eval_step(
-  task: Task,
-  graphdef: nnx.GraphDef,
-  state: nnx.State,
-  batch: Batch,
-) -> Metrics:
-  """Returns what is measured on a held-out batch."""
-  loss, metrics = task.loss(_eval_model(graphdef, state), batch)
-  return _prefixed("eval", {"loss": loss, **metrics})
-
-
-def _eval_model(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.Module:
-  objects = nnx.merge(graphdef, state)
-  model = objects["optimizer"].eval_model(objects["model"])
-  model.eval()
-  return model
-
-
 def _prefixed(prefix: str, metrics: Mapping[str, jax.Array]) -> Metrics:
   return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def _automatic(mesh: Mesh) -> Mesh:
-  """Returns the mesh as models see it, which do not type their results."""
+  """Returns the mesh with automatic axes, as models see it."""
   return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _shardings(
-  objects: Mapping[str, Any], state: nnx.State, mesh: Mesh
+  optimizer: flax_mechanic.Optimizer, state: nnx.State, mesh: Mesh
 ) -> nnx.State:
-  """Returns where each leaf of the job's state lies."""
-  optimizer = objects["optimizer"]
+  """Returns where each leaf of the job's state is placed."""
   of = {"model": optimizer.shardings, "optimizer": optimizer.state_shardings}
 
-  def sharding(offloaded: bool, lies: NamedSharding | None) -> NamedSharding:
-    on_device = NamedSharding(mesh, lies.spec if lies else P())
+  def sharding(offloaded: bool, known: NamedSharding | None) -> NamedSharding:
+    on_device = NamedSharding(mesh, known.spec if known else P())
     return on_device.with_memory_kind(HOST) if offloaded else on_device
 
   return nnx.State(

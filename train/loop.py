@@ -1,4 +1,4 @@
-"""The training loop: starts or resumes, trains, evaluates, checkpoints."""
+"""The training loop: start or resume, train, evaluate, save checkpoints."""
 
 import json
 import os
@@ -37,7 +37,11 @@ def train(
   workdir: str | os.PathLike[str],
   writer: writers.MetricWriter | None = None,
 ) -> dict[str, float]:
-  """Trains the job to `config.num_steps`, from the newest checkpoint if any.
+  """Trains the job up to `config.num_steps`, from the newest checkpoint if any.
+
+  A checkpoint's step is also its position in the data, because batches depend
+  only on the seed and the step. SIGTERM or Ctrl-C, once and to any of the job's
+  processes, ends the run with a checkpoint of the present step.
 
   Args:
     config: as `configs.default` describes it.
@@ -45,9 +49,6 @@ def train(
       files and `checkpoints/STEP`.
     writer: where metrics go, with the interface of clu's MetricWriter; by
       default files in `workdir`.
-
-  SIGTERM or Ctrl-C, once, to any of its processes, ends the run with a
-  checkpoint of the step at hand.
 
   Returns:
     The last evaluation, such as {"eval/loss": ..., "eval/accuracy": ...}.
@@ -104,12 +105,10 @@ def train(
         if news:
           progress.update(step, news)
         if last or stopped or step % config.checkpoint_every == 0:
-          data = {"seed": config.seed, "step": step}
           checkpointer.save(
             step,
             state,
             config=config,
-            data=data,
             metrics=_floats(metrics) | news,
           )
         if stopped and not last:
@@ -119,7 +118,7 @@ def train(
       evaluation = evaluation or _evaluate(job, state)
       report = job.report(state)
       if report:
-        # A code block: writers take Markdown.
+        # As a code block, because writers take Markdown.
         code = textwrap.indent(report, " " * 4, lambda line: True)
         writer.write_texts(config.num_steps, {"report": code})
         progress.print(report)
@@ -131,7 +130,7 @@ def train(
 def _start(
   job: Job, checkpointer: flax_mechanic.Checkpointer, config: ConfigDict
 ) -> tuple[int, nnx.State, Sequence[str]]:
-  """Returns the step, the state and what to tell of a new or resumed run."""
+  """Returns the step, the state and notes of a new or resumed run."""
   if checkpointer.latest() is None and config.init_from:
     return 0, *job.init_from(config.init_from, config.init_params_only)
   if checkpointer.latest() is None:
@@ -139,19 +138,26 @@ def _start(
   restored = checkpointer.restore(job.target, config=config)
   notes = list(restored.damaged)
   notes += [f"resuming {checkpointer.directory} at step {restored.step}"]
+  used = _used(config)
+  unused = tuple(f"opt.{name}." for name in config.opt if name not in used)
   notes += [
     f"config.{field} was {old!r} and is now {new!r}"
     for field, (old, new) in restored.changed.items()
+    if not field.startswith(unused)
   ]
   return restored.step, restored.state, notes
 
 
 def _hparams(config: ConfigDict) -> dict[str, Any]:
-  """Returns the config, flat, without the options of methods not in use."""
+  """Returns the config, flattened, with the options of the methods in use."""
   hparams = json.loads(config.to_json_best_effort())
-  used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
-  hparams["opt"] = {name: hparams["opt"][name] for name in used}
+  hparams["opt"] = {name: hparams["opt"][name] for name in _used(config)}
   return traverse_util.flatten_dict(hparams, sep=".")
+
+
+def _used(config: ConfigDict) -> Sequence[str]:
+  """Returns the names of the methods in use."""
+  return [row.name for row in stack.resolve(config.optimizer, config.opt)]
 
 
 def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:
@@ -170,7 +176,7 @@ def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 
 class _Clock:
-  """Steps per second since it was last asked."""
+  """Measures the steps per second since the last call."""
 
   def __init__(self, step: int):
     self._last = (step, time.perf_counter())
@@ -192,7 +198,7 @@ def _where(job: Job) -> str:
 
 
 def _overview(job: Job, path: Path) -> tuple[str, str]:
-  """Returns the table of parameters, which is to be in a file, shortened."""
+  """Returns the table of parameters, short for the log and whole for a file."""
   params = nnx.to_pure_dict(nnx.filter_state(job.target["model"], nnx.Param))
   table = parameter_overview.get_parameter_overview(params, include_stats=False)
   *rows, total = table.splitlines()

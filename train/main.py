@@ -5,11 +5,11 @@ r"""Trains what a config file describes, and resumes it when run again.
 --config=FILE[:VARIANT]  the job: a Python file with get_config()
 --workdir=DIR            checkpoints and metrics; the same command resumes there
 --config.FIELD=VALUE     replaces a field of the job, any number of times
---config.optimizer=help  the optimizers: what each is, needs, when to take it
+--config.optimizer=help  lists the optimizers: what each is and when to use it
 --coordinator=HOST:PORT --num_processes=N --process_id=I
-                         where the environment does not say who the processes
-                         of the job are; on a TPU pod, GKE and SLURM it does
---help                   this text and, after --config=FILE, every field
+                         the job's processes, where the environment does not
+                         name them; a TPU pod, GKE and SLURM do
+--help                   prints this and, with --config=FILE, every field
 
 For example:
 
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the arguments after the program's name; `sys.argv` if None.
 
   Returns:
-    0 after the last step, and after SIGTERM or Ctrl-C has ended the training
-    with a checkpoint; 1 if nobody reads what it prints; 2 for bad input; 130
-    for Ctrl-C at any other time. Any other exception is a defect and keeps its
+    0 after the last step, and when SIGTERM or Ctrl-C ended the training with a
+    checkpoint; 1 if nothing reads the output any more; 2 for bad input; 130 for
+    Ctrl-C at any other time. Any other exception is a defect and keeps its
     traceback.
   """
   arguments = sys.argv[1:] if argv is None else argv
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(flax_mechanic.describe(), flush=True)
       return 0
     config, workdir, given = flags.parse(arguments)
-    # Importing these takes seconds; a typo should not.
+    # These imports take seconds; a typo should be reported before them.
     from train import loop, processes
 
     processes.connect(given)

@@ -1,4 +1,4 @@
-"""The job's mesh, what lies how on it, and the batch's way onto it."""
+"""The job's mesh, how arrays are placed on it, and how batches get there."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +13,13 @@ from ml_collections import ConfigDict
 
 from flax_mechanic.errors import UsageError, did_you_mean
 
-# Over "data" the batch is split; over "fsdp" the batch, the parameters and the
-# optimizer's state; over "tensor" the parameters and what is computed of them.
+# "data" splits the batch; "fsdp" the batch, the parameters and the optimizer's
+# state; "tensor" the parameters and the activations.
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axes, which the models name, and the mesh's axes they are split over.
+# The models' logical axes -> the mesh's axes that they are split over. Flax's
+# own rules do not ask whether the sizes divide (flax 0.12), and a head of ten
+# classes does not divide by eight.
 RULES: Mapping[str | None, tuple[str, ...]] = {
   None: (),
   "batch": ("data", "fsdp"),
@@ -36,15 +38,15 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
   Args:
     config: `data`, `fsdp` and `tensor` are sizes, at most one of them -1 for
       what the others leave; `axis_type` is auto or explicit.
-    devices: all of every process's by default.
+    devices: all devices of all processes by default.
 
   Raises:
-    UsageError: the sizes are not those of that many devices.
+    UsageError: the sizes do not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   if config.axis_type not in _AXIS_TYPES:
     raise UsageError(
-      f"config.mesh.axis_type={config.axis_type!r} is not known"
+      f"config.mesh.axis_type={config.axis_type!r} is unknown"
       f"{did_you_mean(config.axis_type, _AXIS_TYPES)}"
     )
   sizes = {axis: config[axis] for axis in AXES}
@@ -53,8 +55,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1 or known < 1 or min(sizes.values()) < -1:
     raise UsageError(
-      f"config.mesh is {given}: each must be 1 or more, and at most one of "
-      "them -1, for the devices that the others leave"
+      f"config.mesh is {given}: each must be 1 or more, except that one may be "
+      "-1, for the devices that the others leave"
     )
   if len(devices) % known or (not free and known != len(devices)):
     raise UsageError(
@@ -72,7 +74,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def logical(*axes: str | None) -> dict[str, Any]:
-  """Returns a parameter's metadata that names its axes, a key of `RULES` each.
+  """Returns the metadata of a parameter whose axes have these logical names.
 
   For example `nnx.Linear(4, 8, kernel_metadata=logical("embed", "mlp"))`.
   """
@@ -80,12 +82,12 @@ def logical(*axes: str | None) -> dict[str, Any]:
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
-  """Returns how an array lies by `RULES`.
+  """Returns the partition of an array by `RULES`.
 
   A dimension that the mesh's axes do not divide is not split.
 
   Args:
-    axes: of each dimension.
+    axes: the logical name of each dimension.
     shape: of the array.
     mesh: a `Mesh` or an `AbstractMesh`; one without axes splits nothing.
   """
@@ -100,11 +102,11 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-  """Lays an activation out by `RULES`; to be called while tracing.
+  """Constrains an activation's placement by `RULES`; call it while tracing.
 
   Args:
-    x: on a mesh with automatic axes, or on none; then it stays as it is.
-    *axes: of each dimension.
+    x: an activation; returned unchanged unless the mesh set has automatic axes.
+    *axes: the logical name of each dimension.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or set(mesh.axis_types) != {AxisType.Auto}:
@@ -113,9 +115,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def annotate(model: nnx.Module) -> None:
-  """Replaces the logical axes of the parameters by the present mesh's.
+  """Replaces the logical axes of the parameters by those of the mesh set.
 
-  A parameter that names no axes is whole on every device.
+  A parameter without names is replicated.
   """
   mesh = jax.sharding.get_abstract_mesh()
   for _, node in nnx.iter_graph(model):
@@ -126,19 +128,19 @@ def annotate(model: nnx.Module) -> None:
 
 
 def batch_sharding(size: int, mesh: Mesh) -> NamedSharding:
-  """Returns how batches of a size lie."""
+  """Returns the sharding of batches of a size."""
   return NamedSharding(mesh, spec(("batch",), (size,), mesh))
 
 
 def spread(
   load: Callable[[slice], Mapping[str, np.ndarray]], size: int, mesh: Mesh
 ) -> Mapping[str, Any]:
-  """Returns a batch, its leading axis split over the mesh.
+  """Returns a batch with its leading axis split over the mesh.
 
   Args:
     load: rows -> those rows of the batch. Each process loads its own.
-    size: of the whole batch. One that the mesh does not divide lies whole on
-      every device.
+    size: of the whole batch. If the mesh does not divide it, the batch is
+      replicated.
     mesh: the job's.
   """
   rows = batch_sharding(size, mesh)

@@ -1,12 +1,13 @@
-r"""Draws what runs have measured and learned, over their steps.
+r"""Plots the metrics of runs over their steps.
 
   python -m train.plot DIR [DIR ...]
 
-DIR  the --workdir of a run, which may be running
+DIR  the --workdir of a run, which may still be running
 
-writes DIR/metrics.png and DIR/metrics.svg, of the first DIR: a panel for each
-metric of metrics.jsonl, a line for each run, and where a metric has a smallest
-and a largest value, such as mechanic/scale over layers, the band between.
+writes metrics.png and metrics.svg in the first DIR, with a panel for each
+metric in metrics.jsonl and a line for each run. Where a metric has a minimum
+and a maximum, such as mechanic/scale over the leaves, the band between them is
+filled.
 """
 
 import json
@@ -22,10 +23,10 @@ from flax_mechanic.errors import UsageError
 from train.command import run_command
 
 _COLUMNS = 3
-# What is drawn of a band, and what is no result.
+# Metrics without a panel: the edges of bands, and what is not a result.
 _LEFT_OUT = ("_min", "_max", "steps_per_second")
 
-# Of a run: metric -> its steps and values.
+# A run's metrics -> their steps and values.
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -69,7 +70,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def read(folder: Path) -> Curves:
-  """Returns the curves of a run; what was not finite is left out.
+  """Returns the curves of a run, without values that are not finite.
 
   Args:
     folder: its --workdir.
@@ -81,7 +82,7 @@ def read(folder: Path) -> Curves:
   if not file.exists():
     raise UsageError(f"{folder} holds no metrics.jsonl; type a run's --workdir")
   curves: dict[str, dict[int, float]] = {}
-  # A line without its end is still being written.
+  # A line without a newline is still being written.
   for line in file.read_text().splitlines(keepends=True):
     row = json.loads(line) if line.endswith("\n") else {}
     for name, value in row.items():
@@ -96,8 +97,8 @@ def read(folder: Path) -> Curves:
 
 
 def _draw(axes: Any, name: str, curves: Curves, label: str) -> None:
-  """Draws a metric of a run, and the band around it if there is one."""
-  # A run without the metric has its name in the legend all the same.
+  """Plots a metric of a run, and its band if it has one."""
+  # A run without the metric is in the legend too.
   steps, values = curves.get(name, ([], []))
   (line,) = axes.plot(steps, values, label=label)
   if f"{name}_min" in curves:

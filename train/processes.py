@@ -1,4 +1,4 @@
-"""Several processes, one job: how they meet, agree and stop together."""
+"""Several processes, one job: they connect, agree and stop together."""
 
 import os
 import secrets
@@ -18,20 +18,20 @@ from train.flags import Processes
 
 
 def connect(given: Processes | None) -> None:
-  """Joins the other processes of the job; before anything runs on a device.
+  """Connects to the job's other processes; call it before using a device.
 
   Args:
-    given: who this process is. By default the environment says it, as far as
-      jax knows it: a TPU pod, GKE, SLURM, Open MPI. A process that is alone
-      there stays alone.
+    given: this process's place. If None, jax reads it from the environment: a
+      TPU pod, GKE, SLURM or Open MPI. A process that is alone there stays
+      alone.
 
   Raises:
-    UsageError: the environment says it in part.
+    UsageError: the environment describes the processes incompletely.
   """
   if given is not None:
     jax.distributed.initialize(*given)
     return
-  # jax would leave a process that is alone one of its GPUs.
+  # jax would leave such a process only one of its GPUs.
   if "1" in (
     os.environ.get(v) for v in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
   ):
@@ -41,18 +41,18 @@ def connect(given: Processes | None) -> None:
   except RuntimeError as error:
     if "before any JAX calls" not in str(error):
       raise
-    # In a notebook, say, where it is too late and not wanted.
+    # In a notebook, for example: it is too late, and there is no need.
   except ValueError as error:
     if "coordinator_address" in str(error):
       return  # No cluster.
     raise UsageError(
-      f"the environment names other processes, but not all of it ({error}); "
+      f"the environment describes the other processes incompletely ({error}); "
       "type --coordinator=HOST:PORT --num_processes=N --process_id=I"
     ) from None
 
 
 def terminal() -> TextIO:
-  """Returns where to print: the first process's terminal; others are silent."""
+  """Returns where to print: standard output in the first process alone."""
   return sys.stdout if jax.process_index() == 0 else open(os.devnull, "w")
 
 
@@ -64,7 +64,7 @@ def check_agreement(config: str, workdir: Path) -> None:
     workdir: the job's directory.
 
   Raises:
-    UsageError: they do not. Every process raises it.
+    UsageError: they do not; every process raises it.
   """
   if jax.process_count() == 1:
     return
@@ -100,10 +100,10 @@ def _check_all(fine: bool, sentence: str) -> None:
 
 
 class Stop:
-  """A wish to stop, by SIGTERM or Ctrl-C to any process, that all agree on.
+  """A request to stop, by SIGTERM or Ctrl-C to any process, that all agree on.
 
-  A context manager: within it the first signal is a wish; a second one ends the
-  process at once.
+  A context manager: within it the first signal is a request, and a second one
+  ends the process at once.
   """
 
   def __init__(self) -> None:
@@ -112,8 +112,8 @@ class Stop:
 
   def __enter__(self) -> Self:
     if threading.current_thread() is threading.main_thread():
-      # Of several processes jax takes SIGTERM and tells the others. Ctrl-C is
-      # not for what a shell started in the background.
+      # With several processes, jax handles SIGTERM and tells the others. A
+      # process that a shell started in the background ignores Ctrl-C.
       alone = jax.process_count() == 1
       for number in [signal.SIGINT, signal.SIGTERM][: 1 + alone]:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -125,7 +125,7 @@ class Stop:
       signal.signal(number, handler)
 
   def agreed(self, step: int) -> bool:
-    """Whether to stop after this step; every process has to ask each step."""
+    """Whether to stop after this step; every process must ask at every step."""
     if jax.process_count() == 1:
       return self._wished
     return multihost_utils.reached_preemption_sync_point(step)

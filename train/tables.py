@@ -1,10 +1,10 @@
-"""Tables, as a terminal and Markdown show them."""
+"""Tables that read well on a terminal and as Markdown."""
 
 from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
-  """Returns rows, the first one the head, as a Markdown table."""
+  """Returns rows, of which the first is the head, as a Markdown table."""
   lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   return "\n".join(

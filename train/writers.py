@@ -1,8 +1,8 @@
 """Where metrics go: a JSON line per call, and TensorBoard's event files.
 
 The interface is that of clu.metric_writers, so that any of clu's writers can
-take these writers' place. It is restated here because clu 0.0.12's module
-imports TensorFlow.
+replace these. It is repeated here because clu 0.0.12's module imports
+TensorFlow.
 """
 # ruff: noqa: D102 - MetricWriter documents every method.
 
@@ -21,7 +21,7 @@ import numpy as np
 class MetricWriter:
   """The interface of clu.metric_writers.MetricWriter.
 
-  A subclass overrides what it can keep; the rest does nothing. Arrays may be
+  A subclass overrides what it can write; the rest does nothing. Arrays may be
   jax's or NumPy's.
   """
 
@@ -59,20 +59,20 @@ class MetricWriter:
     values: Mapping[str, Any],
     metadata: Mapping[str, Any] | None = None,
   ) -> None:
-    """Writes tensors for a TensorBoard plugin of one's own."""
+    """Writes tensors for a custom TensorBoard plugin."""
 
   def flush(self) -> None:
-    """Brings what was written to the disk."""
+    """Writes what is buffered to the disk."""
 
   def close(self) -> None:
-    """Flushes, and releases the files."""
+    """Flushes, and closes the files."""
 
 
 class JsonlWriter(MetricWriter):
   """Scalars as JSON, a line per call: {"step": 10, "train/loss": 0.5}.
 
-  NaN and infinities, for which JSON has no word, are null. A line is on the
-  disk when write_scalars returns. Every other kind is left out.
+  NaN and infinities, which JSON cannot express, are null. A line is in the file
+  when write_scalars returns. Other kinds of summaries are ignored.
   """
 
   def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
@@ -80,9 +80,9 @@ class JsonlWriter(MetricWriter):
 
     Args:
       path: the file.
-      resume_step: the step of the restored checkpoint. Later lines and a line
-        torn by a kill are dropped, atomically, so that the file goes on as if
-        the run had never stopped. None or 0 starts the file afresh.
+      resume_step: the step of the restored checkpoint. Later lines, and a line
+        that a kill cut short, are dropped atomically, so that the file
+        continues as if the run had never stopped. None or 0 restarts the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class JsonlWriter(MetricWriter):
     new = path.with_name(path.name + ".new")
     new.write_bytes(b"".join(kept))
     new.replace(path)
-    # buffering=1: a line is written out when it ends.
+    # buffering=1 flushes every line.
     self._file = path.open("a", buffering=1, encoding="utf-8")
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -114,9 +114,9 @@ class JsonlWriter(MetricWriter):
 class TensorBoardWriter(MetricWriter):
   """TensorBoard's event files, by tensorboardX.
 
-  Images need Pillow beside it, audio soundfile. Videos, which tensorboardX
-  turns into GIFs with moviepy, and write_summaries are left out. Of a resumed
-  run, TensorBoard 2.21 goes on showing the first hyperparameters.
+  Images also need Pillow, and audio needs soundfile. Videos, which tensorboardX
+  turns into GIFs with moviepy, and write_summaries are ignored. For a resumed
+  run, TensorBoard 2.21 keeps showing the first hyperparameters.
   """
 
   def __init__(self, logdir: str | os.PathLike, resume_step: int | None = None):
@@ -125,16 +125,16 @@ class TensorBoardWriter(MetricWriter):
     Args:
       logdir: TensorBoard's --logdir.
       resume_step: the step of the restored checkpoint. TensorBoard then hides
-        what earlier files say of later steps; with None or 0, all they say.
+        the later steps of earlier files; with None or 0, all their steps.
     """
     import tensorboardX
 
-    # Any: tensorboardX 2.6 declares narrower types than it takes.
+    # Any: tensorboardX 2.6 declares narrower types than it accepts.
     self._writer: Any = tensorboardX.SummaryWriter(
       str(logdir),
       # The first step to hide.
       purge_step=resume_step + 1 if resume_step else 0,
-      # tensorboardX 2.6 names files by the second and would overwrite one.
+      # tensorboardX 2.6 names files by the second, and so could overwrite one.
       filename_suffix=f".{resume_step or 0}",
     )
 
@@ -171,7 +171,7 @@ class TensorBoardWriter(MetricWriter):
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     # add_hparams would open a second event file, and TensorBoard, which follows
-    # a directory's last file, would not see the first one grow.
+    # the last file of a directory, would miss what the first one gains.
     from tensorboardX.summary import hparams as hparams_summary
 
     kinds = (str, bool, int, float)
@@ -179,8 +179,9 @@ class TensorBoardWriter(MetricWriter):
       name: value if isinstance(value, kinds) else str(value)
       for name, value in hparams.items()
     }
-    # An experiment's summary would list the metrics, not known yet. Without one
-    # TensorBoard takes every scalar, and puts first what differs between runs.
+    # An experiment's summary would have to list the metrics, which are not yet
+    # known. Without one TensorBoard shows every scalar, and first of all the
+    # hyperparameters that differ between runs.
     _, start, _ = hparams_summary(known, {})
     self._writer.file_writer.add_summary(start)
 
@@ -192,7 +193,7 @@ class TensorBoardWriter(MetricWriter):
 
 
 class MultiWriter(MetricWriter):
-  """Hands every call to each of several writers, in order."""
+  """Passes every call to each of several writers, in order."""
 
   def __init__(self, writers: Sequence[MetricWriter]):
     def to_each(method: str) -> Callable[..., None]:
@@ -212,13 +213,13 @@ def make_writer(
 ) -> MetricWriter:
   """Returns the job's writer: DIR/metrics.jsonl, and event files in DIR.
 
-  The event files, TensorBoard's, are left out where tensorboardX is not
-  installed. Of several processes only the first one's writer writes.
+  Without tensorboardX there are no event files. Of several processes only the
+  first one writes.
 
   Args:
     workdir: DIR.
-    resume_step: the step of the restored checkpoint; what was written of later
-      steps goes. None or 0 for a new run.
+    resume_step: the step of the restored checkpoint; what was written for later
+      steps is dropped. None or 0 for a new run.
   """
   if jax.process_index() != 0:
     return MultiWriter([])
@@ -231,7 +232,7 @@ def make_writer(
 
 
 def _step(line: bytes) -> float:
-  """Returns a line's step, and infinity for a line that is not whole."""
+  """Returns a line's step, or infinity for an incomplete line."""
   try:
     return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
   except (ValueError, TypeError, KeyError):

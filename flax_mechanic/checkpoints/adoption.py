@@ -1,32 +1,34 @@
 """Starts a run from another's checkpoint: one of ours, or a plain Orbax job's.
 
-Nothing but names is asked of what was saved. A parameter is found by its path;
-a state of optax, such as Adam's count, mu and nu, by the names of its fields,
+Only names are asked of what was saved. A parameter is found by its path; a
+state of optax, such as Adam's count, mu and nu, by the names of its fields,
 wherever it is nested, so that Adam's moments are found under Mechanic.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 
-from flax_mechanic.checkpoints.checkpointer import Checkpointer, read_item
-from flax_mechanic.checkpoints.checksum import checksums
+from flax_mechanic.checkpoints import record as record_lib
+from flax_mechanic.checkpoints.arrays import (
+  DamageError,
+  Descriptions,
+  SavedArrays,
+)
+from flax_mechanic.checkpoints.renamed import TUNER, former
 from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import by_path, leaf_path
 
-# What makes a state Mechanic's, ours or optax's, whatever it keeps beside it.
-_TUNER = frozenset({"r", "m", "v", "s"})
-
 _OFFSETS = ("x0", "delta")
 
-# Field -> path of a parameter, or "" for a leaf of the field's own -> path.
+# Field -> path of a parameter, or "" for a field that is one leaf -> path.
 _Fields = Mapping[str, Mapping[str, str]]
 # Path of a state of optax -> its fields.
 _States = Mapping[str, _Fields]
@@ -38,7 +40,7 @@ class Adopted(NamedTuple):
   Attributes:
     params: a tree like the parameters.
     opt_state: the optimizer's state over them.
-    notes: sentences on what was taken and what starts afresh.
+    notes: sentences on what was taken and what restarts.
   """
 
   params: optax.Params
@@ -53,8 +55,8 @@ def load_params(
 
   Args:
     directory: a run's --workdir, or a folder that Orbax wrote: of several
-      steps, whose newest is taken, of one step, or of one item.
-    params: a tree of arrays, or of their shapes, dtypes and shardings; each is
+      steps, of which the newest is taken, of one step, or of one item.
+    params: a tree of arrays, or of their shapes, dtypes and shardings. Each is
       read straight into its placement, and cast. The folder may hold more.
 
   Returns:
@@ -65,13 +67,14 @@ def load_params(
 
   Example:
     >>> import tempfile
+    >>> from flax_mechanic import Checkpointer
     >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
     ...   checkpointer.save(7, {"params": {"w": jnp.ones(2)}})
     ...   checkpointer.wait()
     ...   load_params(checkpointer.directory, {"w": jnp.zeros(2)})
     {'w': Array([1., 1.], dtype=float32)}
   """
-  return _load_params(_Saved(directory), params)
+  return _load_params(_Checkpoint(directory), params)
 
 
 def adopt(
@@ -83,129 +86,126 @@ def adopt(
 ) -> Adopted:
   """Starts an optimizer where another run's checkpoint ended.
 
-  The moments of a plain adamw, sgd or lion run are put under Mechanic, whose
-  tuner starts afresh with the parameters as x0; those of a run of
-  `optax.contrib.mechanize` are taken with its tuner; x0 becomes Delta, or the
-  reverse, if the options say so. Schedules start from 0.
+  Under Mechanic, the moments of a plain adamw, sgd or lion run are kept, and
+  the tuner restarts with the parameters as x0. A run of Mechanic, ours or
+  `optax.contrib.mechanize`'s, keeps its tuner too; x0 and Delta are recovered
+  from each other where only one of them was saved. Schedules restart.
 
   Args:
     directory: as for `load_params`.
     params: as for `load_params`.
-    init: parameters -> the optimizer's state, arrays that lie where they
+    init: parameters -> the optimizer's state, its arrays placed where they
       belong, such as `tx.init`.
-    params_only: whether to leave the saved optimizer's state.
+    params_only: whether to ignore the saved optimizer's state.
 
   Returns:
-    The parameters, the state over them, and what to tell of both.
+    The parameters, the state over them, and notes on both.
 
   Raises:
     UsageError: as `load_params`.
 
   Example:
     >>> import tempfile
-    >>> from flax_mechanic import mechanize
+    >>> from flax_mechanic import Checkpointer, mechanize
     >>> tx, params = optax.sgd(1.0, momentum=0.9), {"w": jnp.ones(2)}
     >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
     ...   checkpointer.save(7, {"params": params, "opt_state": tx.init(params)})
     ...   checkpointer.wait()
     ...   adopted = adopt(checkpointer.directory, params, mechanize(tx).init)
     >>> adopted.notes[1].split("; ")[0]
-    'of its optimizer trace'
+    'taken from its optimizer: trace'
   """
-  saved = _Saved(directory)
+  saved = _Checkpoint(directory)
   params = _load_params(saved, params)
   notes = [f"starting from {saved.name}"]
   opt_state = init(params)
   if not params_only:
-    opt_state, told = _load_opt_state(saved, params, opt_state)
-    notes.append(told)
+    opt_state, note = _load_opt_state(saved, params, opt_state)
+    notes.append(note)
   return Adopted(params, opt_state, notes)
 
 
-class _Saved:
-  """A folder that Orbax wrote.
+class _Checkpoint:
+  """A checkpoint that Orbax wrote, of one or more items.
 
   Attributes:
-    name: its path, that of the newest step if there are several.
-    shapes: path of a leaf -> its shape; NNX's "value" at the end is left out.
+    name: its folder, that of the newest step if there are several.
+    shapes: path of a leaf -> its shape. The path starts with the item's name;
+      NNX's "value" at the end is left out.
   """
 
   def __init__(self, directory: str | os.PathLike[str]):
-    given = Path(directory).expanduser().absolute()
-    self.name, self._items = _find(given)
-    self._trees = {item: _metadata(path) for item, path in self._items.items()}
-    # An nnx.State's leaves are variables, each with a value.
-    self._of_nnx = {
-      item: all(path.endswith("/value") for path in by_path(tree))
-      for item, tree in self._trees.items()
-    }
+    self.name, folders = _find(Path(directory).expanduser().absolute())
     self.shapes: dict[str, tuple[int, ...]] = {}
-    for item, tree in self._trees.items():
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        self.shapes[self._path(item, path)] = tuple(leaf.shape or ())
+    self._items: list[_Item] = []
+    for name, folder in folders.items():
+      with _advice():
+        arrays = SavedArrays(folder, self.name)
+        descriptions = _descriptions(folder, self.name)
+      # The leaves of an nnx.State are variables, each with a value.
+      of_nnx = all(path.endswith("/value") for path in arrays.shapes)
+      paths = {}
+      for path, shape in arrays.shapes.items():
+        short = path.removesuffix("/value") if of_nnx else path
+        full = f"{name}/{short}" if name else short
+        paths[full], self.shapes[full] = path, shape
+      self._items.append(_Item(arrays, paths, descriptions))
 
   def load(self, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Returns leaves, placed and cast as those that they are wanted for.
+    """Returns path -> array, placed and cast as wanted.
 
     Args:
       wanted: path -> an array, or a shape, dtype and sharding.
     """
     loaded: dict[str, jax.Array] = {}
-    for item, tree in self._trees.items():
-
-      def as_saved(path, leaf, item=item):
-        like = wanted.get(self._path(item, path))
-        if like is None:
-          return ocp.PLACEHOLDER
-        return jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=getattr(like, "sharding", None)
-        )
-
-      target = jax.tree_util.tree_map_with_path(as_saved, tree)
-      if all(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(target)):
+    for item in self._items:
+      paths = {each: item.paths[each] for each in wanted if each in item.paths}
+      if not paths:
         continue
-      restored = _read(
-        self._items[item],
-        ocp.args.PyTreeRestore(
-          item=target,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        ),
-      )
-      found = {
-        self._path(item, path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
-        if leaf is not ocp.PLACEHOLDER
-      }
-      self._verify(item, found)
-      loaded |= found
-    return {
-      path: leaf.astype(wanted[path].dtype) for path, leaf in loaded.items()
-    }
-
-  def _path(self, item: str, path: Any) -> str:
-    """Returns the path of a leaf of an item, as NNX has it in a model."""
-    name = leaf_path(path)
-    if self._of_nnx[item]:
-      name = name.removesuffix("/value")
-    return f"{item}/{name}" if item else name
-
-  def _verify(self, item: str, found: Mapping[str, jax.Array]) -> None:
-    """Compares a run of ours with the checksums that it saved."""
-    step = self._items[item].parent
-    if not (step / "record").is_dir():
-      return
-    with Checkpointer(step.parent, read_only=True) as checkpointer:
-      arrays = checkpointer.read(int(step.name))["arrays"]
-    for path, checksum in checksums(found).items():
-      name = path.removeprefix("state/")
-      if arrays[name]["checksum"] != checksum:
-        raise UsageError(
-          f"array {name} of {step} is damaged; name the folder of another step"
+      with _advice():
+        found = item.arrays.read(
+          {path: wanted[each] for each, path in paths.items()},
+          item.descriptions,
         )
+      loaded |= {
+        each: found[path].astype(wanted[each].dtype)
+        for each, path in paths.items()
+      }
+    return loaded
+
+
+class _Item(NamedTuple):
+  """An item of a checkpoint.
+
+  Attributes:
+    arrays: its arrays.
+    paths: path in `_Checkpoint.shapes` -> path in `arrays`.
+    descriptions: what a run of ours saved of them, to verify them.
+  """
+
+  arrays: SavedArrays
+  paths: Mapping[str, str]
+  descriptions: Descriptions | None
+
+
+def _descriptions(item: Path, name: str) -> Descriptions | None:
+  """Returns what a run of ours saved of an item's arrays."""
+  if item.name != "state" or not (item.parent / "record").is_dir():
+    return None
+  return record_lib.read(item.parent, name)["arrays"]
+
+
+@contextlib.contextmanager
+def _advice() -> Iterator[None]:
+  """Says what to do about damage."""
+  try:
+    yield
+  except DamageError as error:
+    raise UsageError(f"{error}; name the folder of another step") from None
 
 
 def _find(given: Path) -> tuple[str, dict[str, Path]]:
-  """Returns the folder of the newest step, and its items by name."""
+  """Returns the newest step's folder, and the folders of its items by name."""
   if not given.is_dir():
     raise UsageError(
       f"{given} is not a directory; name the --workdir of a run, or a folder "
@@ -230,27 +230,7 @@ def _find(given: Path) -> tuple[str, dict[str, Path]]:
   return _find(max(steps, key=lambda step: int(step.name.split("_")[-1])))
 
 
-def _read(item: Path, args: Any) -> Any:
-  try:
-    return read_item(item, ocp.PyTreeCheckpointHandler(), args)
-  except OSError as error:
-    raise UsageError(
-      f"{item} cannot be read ({error}); name the folder of another step"
-    ) from None
-
-
-def _metadata(item: Path) -> Any:
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      return checkpointer.metadata(item).item_metadata.tree
-  except Exception as error:  # Whatever reading a damaged file leads to.
-    raise UsageError(
-      f"{item} cannot be read ({str(error)[:200]}); name the folder of another "
-      "step"
-    ) from None
-
-
-def _load_params(saved: _Saved, params: optax.Params) -> optax.Params:
+def _load_params(saved: _Checkpoint, params: optax.Params) -> optax.Params:
   wanted = by_path(params)
   prefix = _prefix(saved, wanted)
   other = [
@@ -262,7 +242,7 @@ def _load_params(saved: _Saved, params: optax.Params) -> optax.Params:
   if other:
     raise UsageError(
       f"the parameters in {saved.name} are of another model: "
-      f"{', '.join(other[:3])}; train the model that they are of"
+      f"{', '.join(other[:3])}; train the model that was saved"
     )
   loaded = saved.load({prefix + path: leaf for path, leaf in wanted.items()})
   return jax.tree_util.tree_map_with_path(
@@ -270,16 +250,16 @@ def _load_params(saved: _Saved, params: optax.Params) -> optax.Params:
   )
 
 
-def _prefix(saved: _Saved, wanted: Mapping[str, Any]) -> str:
-  """Returns what stands before the parameters' paths."""
+def _prefix(saved: _Checkpoint, wanted: Mapping[str, Any]) -> str:
+  """Returns the prefix of the parameters' paths in what was saved."""
   first = next(iter(wanted))
   starts = {
     path.removesuffix(first)
     for path in saved.shapes
     if path == first or path.endswith(f"/{first}")
   }
-  # What an optimizer keeps of the parameters' paths lies deeper.
-  whole = sorted(
+  # An optimizer's trees like the parameters are nested deeper.
+  complete = sorted(
     (
       start
       for start in starts
@@ -287,7 +267,7 @@ def _prefix(saved: _Saved, wanted: Mapping[str, Any]) -> str:
     ),
     key=lambda start: (start.count("/"), start),
   )
-  if not whole:
+  if not complete:
     best = max(
       starts or {""},
       key=lambda start: sum(start + p in saved.shapes for p in wanted),
@@ -296,36 +276,36 @@ def _prefix(saved: _Saved, wanted: Mapping[str, Any]) -> str:
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     raise UsageError(
       f"{saved.name} holds no {', '.join(missing[:3])}{more}; train the model "
-      "that it is of"
+      "that was saved"
     )
-  rivals = [s for s in whole if s.count("/") == whole[0].count("/")]
+  rivals = [s for s in complete if s.count("/") == complete[0].count("/")]
   usual = [s for s in rivals if s.split("/")[-2:-1] in (["params"], ["model"])]
   if len(rivals) > 1 and len(usual) != 1:
     raise UsageError(
       f"{saved.name} holds such parameters under each of {', '.join(rivals)}; "
       "name a folder with one of them"
     )
-  return (usual if len(rivals) > 1 else whole)[0]
+  return (usual if len(rivals) > 1 else complete)[0]
 
 
 def _load_opt_state(
-  saved: _Saved, params: optax.Params, opt_state: optax.OptState
+  saved: _Checkpoint, params: optax.Params, opt_state: optax.OptState
 ) -> tuple[optax.OptState, str]:
-  """Returns a state with what is found of it, and what to tell of that."""
+  """Returns the state with all that fits of the saved one, and a note on it."""
   leaves, parameters = by_path(opt_state), by_path(params)
   here, there = _states(leaves, parameters), _states(saved.shapes, parameters)
   values: dict[str, jax.Array] = {}
-  taken, afresh = set(), set()
+  taken, restarts = set(), set()
   for node, fields in here.items():
-    if not fields.keys() >= _TUNER and not _holds_parameters(fields):
+    if not _is_mechanic(fields) and not _holds_parameters(fields):
       continue  # A schedule's count, an injected learning rate.
-    source = _counterpart(node, here, there, leaves, saved.shapes)
+    source = _find_state(node, here, there, leaves, saved.shapes)
     if source is None:
-      afresh |= fields.keys()
+      restarts |= fields.keys()
       continue
     taken |= fields.keys()
-    if fields.keys() >= _TUNER:
-      values |= _tuner(saved, source, fields, leaves, parameters)
+    if _is_mechanic(fields):
+      values |= _load_mechanic(saved, source, fields, leaves, parameters)
       continue
     pairs = {
       fields[field][key]: source[field][key]
@@ -337,10 +317,14 @@ def _load_opt_state(
   found = jax.tree_util.tree_map_with_path(
     lambda path, leaf: values.get(leaf_path(path), leaf), opt_state
   )
-  told = f"of its optimizer {', '.join(sorted(taken)) or 'nothing fits'}"
-  if afresh - taken:
-    told += f"; afresh are {', '.join(sorted(afresh - taken))}"
-  return found, told
+  note = (
+    f"taken from its optimizer: {', '.join(sorted(taken))}"
+    if taken
+    else "nothing of its optimizer fits"
+  )
+  if restarts - taken:
+    note += f"; restarts: {', '.join(sorted(restarts - taken))}"
+  return found, note
 
 
 def _states(
@@ -364,50 +348,66 @@ def _states(
   return found
 
 
-def _counterpart(
+def _find_state(
   node: str,
   here: _States,
   there: _States,
   leaves: Mapping[str, Any],
   shapes: Mapping[str, tuple[int, ...]],
 ) -> _Fields | None:
-  """Returns the one saved state that a state of the optimizer's stands for."""
+  """Returns the saved state that fits one of the optimizer's, if just one does.
+
+  Args:
+    node: path of the optimizer's state.
+    here: the optimizer's states.
+    there: the saved states.
+    leaves: path -> leaf of the optimizer's state.
+    shapes: path -> shape of what was saved.
+  """
   fields = here[node]
-  alike = lambda field, each: all(
-    key in each[field] and shapes[each[field][key]] == leaves[path].shape
+  same_shapes = lambda field, other: all(
+    key in other[field] and shapes[other[field][key]] == leaves[path].shape
     for key, path in fields[field].items()
   )
-  if fields.keys() >= _TUNER:
+  if _is_mechanic(fields):
     # A scale that was learned for another base means nothing.
     found = [
-      each
-      for other, each in there.items()
-      if each.keys() >= _TUNER
-      and alike("s", each)
-      and _is_reckonable(fields, each, leaves)
-      and _below(other, there) == _below(node, here)
+      other
+      for path, other in there.items()
+      if _is_mechanic(other)
+      and same_shapes("s", other)
+      and _has_offsets(fields, other, leaves)
+      and _base_fields(path, there) == _base_fields(node, here)
     ]
   else:
     found = [
-      each
-      for each in there.values()
-      if each.keys() == fields.keys()
-      and all(alike(field, each) for field in fields)
+      other
+      for other in there.values()
+      if other.keys() == fields.keys()
+      and all(same_shapes(field, other) for field in fields)
     ]
   return found[0] if len(found) == 1 else None
 
 
-def _is_reckonable(
+def _is_mechanic(fields: _Fields) -> bool:
+  return fields.keys() >= TUNER
+
+
+def _has_offsets(
   fields: _Fields, source: _Fields, leaves: Mapping[str, Any]
 ) -> bool:
-  """Whether x0 and Delta are there, or follow from each other and a known S."""
-  missing = any(
-    fields.get(field, {}).keys() - source.get(field, {}).keys()
-    for field in _OFFSETS
+  """Whether x0 and Delta are there, or can be recovered from each other."""
+  missing = [
+    (other, key)
+    for field, other in (_OFFSETS, _OFFSETS[::-1])
+    for key in fields.get(field, {}).keys() - source.get(field, {}).keys()
+  ]
+  # The state does not say which leaves share the scale of a group.
+  groups = leaves[fields["s"][""]].shape[:-1]
+  is_known = groups in ((), (len(_offset_keys(fields)),))
+  return not missing or (
+    is_known and all(key in source.get(other, {}) for other, key in missing)
   )
-  # A group of several leaves is not told by the state.
-  known = ((), (len(_offset_keys(fields)),))
-  return not missing or leaves[fields["scale"][""]].shape in known
 
 
 def _offset_keys(fields: _Fields) -> set[str]:
@@ -415,8 +415,8 @@ def _offset_keys(fields: _Fields) -> set[str]:
   return set().union(*(fields.get(field, {}) for field in _OFFSETS))
 
 
-def _below(node: str, states: _States) -> set[frozenset[str]]:
-  """Returns the fields of each state below one that holds parameters."""
+def _base_fields(node: str, states: _States) -> set[frozenset[str]]:
+  """Returns the fields of the states inside one that hold parameters."""
   return {
     frozenset(fields)
     for path, fields in states.items()
@@ -430,19 +430,28 @@ def _holds_parameters(fields: _Fields) -> bool:
   return any(key for keys in fields.values() for key in keys)
 
 
-def _tuner(
-  saved: _Saved,
+def _load_mechanic(
+  saved: _Checkpoint,
   source: _Fields,
   fields: _Fields,
   leaves: Mapping[str, Any],
   parameters: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-  """Returns path -> value of Mechanic's state."""
-  numbers = {
-    fields[field][""]: source[field][""]
-    for field in fields.keys() & source.keys() - set(_OFFSETS)
-  }
-  # In the parameters' placement, where x0 and Delta are reckoned up.
+  """Returns path -> value of Mechanic's state.
+
+  Args:
+    saved: the checkpoint.
+    source: the saved state's fields.
+    fields: the optimizer's.
+    leaves: path -> leaf of the optimizer's state.
+    parameters: path -> parameter.
+  """
+  scalars = {}
+  for field in fields.keys() - set(_OFFSETS):
+    name = field if field in source else former(field)
+    if name in source:
+      scalars[fields[field][""]] = source[name][""]
+  # In the parameters' placement, in which x0 and Delta are recovered.
   offsets = {
     path: jax.ShapeDtypeStruct(
       parameters[key].shape,
@@ -452,12 +461,10 @@ def _tuner(
     for field in _OFFSETS
     for key, path in source.get(field, {}).items()
   }
-  wanted = {path: leaves[mine] for mine, path in numbers.items()}
+  wanted = {path: leaves[mine] for mine, path in scalars.items()}
   loaded = saved.load(wanted | offsets)
-  values = {mine: loaded[path] for mine, path in numbers.items()}
-  S = values.setdefault(
-    fields["scale"][""], jnp.sum(values[fields["s"][""]], -1)
-  )
+  values = {mine: loaded[path] for mine, path in scalars.items()}
+  S = jnp.sum(values[fields["s"][""]], -1)
   keys = [key for key in parameters if key in _offset_keys(fields)]
   S_of = lambda key: S[keys.index(key)] if S.ndim else S
   for field, other in (_OFFSETS, _OFFSETS[::-1]):
@@ -466,17 +473,19 @@ def _tuner(
       value = (
         loaded[path]
         if path
-        else _reckon(
+        else _recover(
           field, parameters[key], S_of(key), loaded[source[other][key]]
         )
       )
       values[mine] = jax.device_put(
         value.astype(leaves[mine].dtype), leaves[mine].sharding
       )
+  if "scale" in fields:
+    values.setdefault(fields["scale"][""], S)
   return values
 
 
-def _reckon(
+def _recover(
   field: str, x: jax.Array, S: jax.Array, other: jax.Array
 ) -> jax.Array:
   """Returns x0 or Delta from the other one, by x = x0 + S Delta."""

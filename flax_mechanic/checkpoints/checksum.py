@@ -15,14 +15,16 @@ from flax_mechanic.placement import on_device
 
 
 def checksums(tree: Any) -> dict[str, str]:
-  """Returns path -> checksum, computed where the arrays lie.
+  """Returns path -> checksum, computed on the arrays' devices.
 
-  They are two sums over the array's words of 32 bits, modulo 2^32: of each
-  word, and of each times an odd number that its place in the whole array gives.
-  A change of one word changes both, and integers may be added in any order.
+  A checksum is two sums over the array's 32-bit words, modulo 2^32: the sum of
+  the words, and their sum weighted by 2 i + 1, where i is the word's index in
+  the whole array. A change of one word changes both, and as integers may be
+  added in any order, neither depends on the sharding.
 
   Args:
-    tree: of arrays, random keys included. Of several processes all have to ask.
+    tree: arrays, random keys included. Of several processes all have to call
+      it.
 
   Example:
     >>> checksums({"w": jnp.arange(3)})
@@ -45,37 +47,39 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def _automatic(array: jax.Array) -> jax.Array:
-  """Returns an array on automatic axes, where sums need not be typed."""
+  """Returns an array on Auto axes, where a sum's sharding need not be given."""
   sharding = array.sharding
   if not isinstance(sharding, NamedSharding):
     return array
   mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
-  lies = NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
-  return jax.device_put(array, lies)
+  return jax.device_put(
+    array,
+    NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind),
+  )
 
 
-# One program: several at once, each with its own all-reduces, can wait for each
-# other for ever on a CPU that stands for many devices (jax 0.10).
+# One program for all arrays: several at once, each with its own all-reduces,
+# can deadlock on a CPU that simulates many devices (jax 0.10).
 @functools.partial(jax.jit, static_argnames="alone")
 def _sums(
   arrays: Sequence[jax.Array], alone: bool
 ) -> list[tuple[jax.Array, jax.Array]]:
-  # One after the other, what lies in host memory need not fit on the devices.
+  # One after the other: all that is in host memory need not fit on the devices.
   return [_sum(_words(on_device(array)), alone) for array in arrays]
 
 
 def _sum(words: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array]:
-  place = jnp.zeros(words.shape, jnp.uint32)
+  index = jnp.zeros(words.shape, jnp.uint32)
   for axis in range(words.ndim):
     stride = math.prod(words.shape[axis + 1 :]) % 2**32
     iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    place += iota * jnp.uint32(stride)
-  terms = (words, words * (2 * place + 1))
+    index += iota * jnp.uint32(stride)
+  terms = (words, words * (2 * index + 1))
   if not alone:
     plain, weighted = (jnp.sum(each, dtype=jnp.uint32) for each in terms)
     return plain, weighted
-  # One reduce, which a CPU does in one pass and 20 times as fast; one that is
-  # split over devices the partitioner would gather.
+  # One reduce for both sums, which is 20 times as fast on a CPU. Of a sharded
+  # array the partitioner would gather it.
   zero = jnp.uint32(0)
   return jax.lax.reduce(
     terms,
@@ -86,7 +90,7 @@ def _sum(words: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array]:
 
 
 def _words(array: jax.Array) -> jax.Array:
-  """Returns the bits of an array, each element in one or more uint32."""
+  """Returns the bits of an array, each element as one or more uint32."""
   if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
     array = jax.random.key_data(array)
   if jnp.issubdtype(array.dtype, jnp.complexfloating):

@@ -1,25 +1,27 @@
-"""What a checkpoint tells beside its arrays, and how it differs from a run."""
+"""What a checkpoint says beside its arrays, and how it differs from a run."""
 
 import json
 import re
 import zlib
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from flax_mechanic.paths import leaf_path
-
-# Path -> "shape", "dtype" and "checksum".
-Described = Mapping[str, Mapping[str, Any]]
+from flax_mechanic.checkpoints.arrays import (
+  Descriptions,
+  describe,
+  read_on_all,
+)
+from flax_mechanic.checkpoints.renamed import is_dropped, saved_paths
 
 _LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
 
-# Fields that change no shape: how long, how often, and where the state lies.
+# Fields that change no shape: how long, how often, and the state's placement.
 _SHAPELESS = re.compile(
   r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"
   r"|^init_|^checkpoint_|^mesh\.|_optimizer_state$"
@@ -39,35 +41,26 @@ def unseal(sealed: Mapping[str, Any]) -> Mapping[str, Any]:
   return json.loads(sealed["record"])
 
 
+def read(step: Path, name: str) -> Mapping[str, Any]:
+  """Returns the record of a step.
+
+  Args:
+    step: the step's folder.
+    name: what errors call it.
+
+  Raises:
+    DamageError: it cannot be read, or is not what was saved.
+  """
+  handler: Any = ocp.JsonCheckpointHandler()
+  args = ocp.args.JsonRestore()
+  return read_on_all(
+    name, lambda: unseal(handler.restore(step / "record", args=args))
+  )
+
+
 def versions() -> Mapping[str, str]:
   """Returns library -> version."""
   return {name: metadata.version(name) for name in _LIBRARIES}
-
-
-def describe(
-  tree: Any, sums: Mapping[str, str] | None = None
-) -> dict[str, dict[str, Any]]:
-  """Returns path -> shape, dtype and, if given, checksum."""
-  found = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = leaf_path(path)
-    found[name] = {
-      "shape": list(jnp.shape(leaf)),
-      "dtype": str(leaf.dtype if hasattr(leaf, "dtype") else type(leaf)),
-    } | ({"checksum": sums[name]} if sums else {})
-  return found
-
-
-def target(
-  described: Mapping[str, Any], sharding: jax.sharding.Sharding
-) -> Any:
-  """Returns what to restore a described leaf into."""
-  name = described["dtype"]
-  if name.startswith("<class"):  # A number of Python's.
-    return 0
-  key = jax.eval_shape(jax.random.key, 0).dtype
-  dtype = key if name.startswith("key") else jnp.dtype(name)
-  return jax.ShapeDtypeStruct(described["shape"], dtype, sharding=sharding)
 
 
 def flat_config(config: ConfigDict | None) -> dict[str, Any]:
@@ -90,18 +83,33 @@ def changed(
   }
 
 
-def differences(described: Described, tree: Any) -> list[str]:
-  """Returns a phrase for each leaf in which a tree is not what was saved."""
-  saved = {path: each["shape"] for path, each in described.items()}
+def differences(
+  descriptions: Descriptions, tree: Any, *, part: bool = False
+) -> list[str]:
+  """Returns a phrase for each leaf in which a tree is not what was saved.
+
+  Args:
+    descriptions: what was saved.
+    tree: what is wanted of it.
+    part: whether more may have been saved.
+  """
   wanted = {path: each["shape"] for path, each in describe(tree).items()}
-  reshaped = {
-    path for path in wanted.keys() & saved.keys() if wanted[path] != saved[path]
-  }
+  sources = saved_paths(wanted, descriptions)
+  unwanted = [
+    path
+    for path in descriptions.keys() - set(sources.values())
+    if not part and not is_dropped(path, descriptions)
+  ]
+  reshaped = [
+    path
+    for path, source in sources.items()
+    if wanted[path] != descriptions[source]["shape"]
+  ]
   return [
     f"{path} {what}"
     for paths, what in (
-      (wanted.keys() - saved.keys(), "is not in it"),
-      (saved.keys() - wanted.keys(), "is not wanted"),
+      (wanted.keys() - sources.keys(), "is not in it"),
+      (unwanted, "is not wanted"),
       (reshaped, "has another shape"),
     )
     for path in sorted(paths)
@@ -109,8 +117,8 @@ def differences(described: Described, tree: Any) -> list[str]:
 
 
 def blame(changed: Mapping[str, tuple[Any, Any]]) -> str:
-  """Says which options may have changed the state's shape."""
-  # The broadest fields first: what a whole group hangs on decides the shapes.
+  """Says which options may have changed the state's structure or shapes."""
+  # The least nested fields first: config.optimizer decides more than opt.*.
   fields = sorted(changed, key=lambda field: field.count("."))
   telling = [field for field in fields if not _SHAPELESS.search(field)]
   return (

@@ -18,9 +18,12 @@ def guarded_update(
   """Returns the updates and `keep(new, old)` of each leaf of the state.
 
   The updates are computed from the state that was kept, so they are the base's
-  own only where `keep` takes the new state throughout. Selecting the state
-  afterwards would make XLA:CPU, which fuses no two outputs, hold the new state
-  and the old one at once: two copies of the parameters with Adam.
+  own only where `keep` takes the new state throughout. Were the state selected
+  afterwards, XLA:TPU would split the pass in two for some dtypes and bases and
+  read the state again (libtpu 0.0.51 for v5e: 12.5 copies of the parameters
+  instead of 10.0 for bfloat16 under adamw, 12.0 instead of 11.0 for float32
+  under clipping and adamw), and XLA:CPU would hold the new state and the old
+  one at once, two copies with adamw.
 
   Args:
     update: the base's.

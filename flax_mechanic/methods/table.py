@@ -1,5 +1,7 @@
 """The table of optimizers: a row for each name that the flag accepts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,45 +30,72 @@ def _optax_mechanic_scalars(state):
   return {"mechanic/scale": scale, "learning_rate": scale}
 
 
-register(
+def _register_mechanic(
+  name: str, *, summary: str, advice: str, **defaults: Any
+):
+  options: dict[str, Any] = {
+    "betas": tuple,
+    "x0_dtype": str,
+    "relative_s_init": float,
+  }
+  return register(
+    name,
+    lambda base, learning_rate, **options: mechanize(base, **options),
+    options={
+      "base": "adamw",
+      "learning_rate": 1.0,
+      **default_options(mechanize, **options | defaults),
+    },
+    tuned=False,
+    schedule=None,
+    refuses={
+      "schedule_free": "mechanic recovers its offset from the parameters, "
+      "which schedule_free moves by itself",
+    },
+    cautions=dict.fromkeys(
+      ("lars", "lamb"),
+      "mechanic over a method that normalizes its updates (lars, lamb) is not "
+      "what it was made for: its authors expect it to work with almost any "
+      "first-order optimizer except those",
+    ),
+    scalars={
+      MechanicState: _mechanic_scalars,
+      contrib.MechanicState: _optax_mechanic_scalars,
+    },
+    summary=summary,
+    advice=advice,
+    paper="Cutkosky, Defazio, Mehta 2023, arXiv 2306.00144",
+  )
+
+
+_register_mechanic(
   "mechanic",
+  relative_s_init=0.01,
+  weight_decay=1e-4,
+  mean_decay=True,
+  eps=1e-20,
+  groups=".*",
+  summary="learns the learning rate of any tuned optimizer",
+  advice="start here",
+)
+_register_mechanic(
+  "mechanize",
+  summary="mechanic with the defaults of optax.contrib.mechanize",
+  advice="to compare with optax's; mechanic's own defaults are better",
+)
+
+register(
+  "mechanize",
   lambda base, learning_rate, **options: mechanize(base, **options),
   options={
     "base": "adamw",
     "learning_rate": 1.0,
-    **default_options(
-      mechanize,
-      betas=tuple,
-      store_delta=bool,
-      spike_factor=float,
-      tune_steps=int,
-      x0_dtype=str,
-      # See "Two sets of defaults" in the README.
-      relative_s_init=0.01,
-      weight_decay=1e-4,
-      mean_decay=True,
-      eps=1e-20,
-      groups=".*",
-    ),
+    **default_options(mechanize, betas=tuple, spike_factor=float, x0_dtype=str),
   },
   tuned=False,
   schedule=None,
-  refuses={
-    "schedule_free": "mechanic recovers its offset from the parameters, which "
-    "schedule_free moves by itself",
-  },
-  cautions=dict.fromkeys(
-    ("lars", "lamb"),
-    "mechanic over a method that normalizes its updates (lars, lamb) is not "
-    "what it was made for: its authors expect it to work with almost any "
-    "first-order optimizer except those",
-  ),
-  scalars={
-    MechanicState: _mechanic_scalars,
-    contrib.MechanicState: _optax_mechanic_scalars,
-  },
-  summary="learns the learning rate of any tuned optimizer",
-  advice="start here",
+  summary="Mechanic with the default options of optax.contrib.mechanize",
+  advice="to reproduce runs of optax's; otherwise mechanic",
   paper="Cutkosky, Defazio, Mehta 2023, arXiv 2306.00144",
 )
 
@@ -415,8 +444,11 @@ register(
     ),
     "cocob": "cocob's updates are positions, and schedule_free adds them to "
     "another point",
-    "mechanic": "mechanic recovers its offset from the parameters, which "
-    "schedule_free moves by itself",
+    **dict.fromkeys(
+      ("mechanic", "mechanize"),
+      "mechanic recovers its offset from the parameters, which schedule_free "
+      "moves by itself",
+    ),
   },
   eval_params={contrib.ScheduleFreeState: readers.schedule_free},
   summary="averages iterates instead of decaying the learning rate",

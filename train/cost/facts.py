@@ -1,9 +1,10 @@
-"""Facts of a compiled update, exact and without running it.
+"""Facts of a compiled update: exact, and found without running it.
 
   python -m train.cost.facts BASE
 
-prints what `train.benchmark` cannot compile in a process that has one device
-and times it: one JSON object, for updates on eight devices and for a TPU v5e.
+prints, as one JSON object, the facts of every update on eight devices and on a
+TPU v5e. `train.benchmark` runs this in a second process, because its own has
+one device.
 """
 
 import dataclasses
@@ -23,17 +24,17 @@ from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 import flax_mechanic
-from train.cost import program
+from train.cost import program, updates
 
 Shapes = Sequence[tuple[int, ...]]
 
-# A v5e without room for prefetches into on-chip memory, which move no more
-# bytes of HBM but are counted as if they did.
+# Leaves a v5e no room to prefetch into on-chip memory. A prefetch moves no more
+# bytes of HBM, but the compiler counts it as if it did.
 NO_PREFETCH = {"xla_tpu_scoped_vmem_limit_kib": "120000"}
 ONE_ARRAY = [(48_828, 1024)]
 SIX_MATRICES = [(4096, 4096)] * 6
 
-# On a mesh of 4x2: leaves split over both axes, over one, and over none.
+# On a mesh of 4x2: leaves split over both axes, over one axis, and over none.
 MIXED = {
   "both": ((512, 256), P("data", "model")),
   "one": ((256, 512), P("data", None)),
@@ -49,9 +50,9 @@ class Facts:
 
   Attributes:
     accessed: bytes read and written, in float32 copies of the parameters.
-    temporary: largest sum of the temporaries, likewise.
-    aliased: what is updated in place, likewise.
-    collectives: name -> how many.
+    temporary: peak memory of the temporaries, in copies.
+    aliased: memory that is updated in place, in copies.
+    collectives: kind -> how many.
   """
 
   accessed: float
@@ -60,67 +61,13 @@ class Facts:
   collectives: Mapping[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Update:
-  """An update to be measured.
-
-  Attributes:
-    make: base -> transformation.
-    unavoidable: copies to read and write over the base's own.
-    options: of `config.opt.mechanic` that say the same; None for the base.
-  """
-
-  make: Callable[[optax.GradientTransformation], optax.GradientTransformation]
-  unavoidable: float
-  options: Mapping[str, Any] | None = None
-
-
-# Optax's options, and what the flag takes in their place.
-_DROP_IN: dict[str, Any] = {
-  "weight_decay": 1e-2,
-  "mean_decay": False,
-  "eps": 1e-8,
-  "relative_s_init": 0.0,
-  "groups": "",
-}
-_FLAG = {
-  option: flax_mechanic.methods()["mechanic"].options[option]
-  for option in _DROP_IN
-}
-
-
-def _mechanize(unavoidable: float, **options: Any) -> Update:
-  options = _DROP_IN | options
-  return Update(
-    lambda base: flax_mechanic.mechanize(base, **options),
-    unavoidable,
-    options,
-  )
-
-
-BASES = {"adamw": optax.adamw, "sgd": optax.sgd, "lion": optax.lion}
-# What the bases read and write: g, x, their moments; x and the moments.
-BASE_COPIES = {"adamw": 7, "sgd": 3, "lion": 5}
-# Over that, mechanize reads g, x and x0 for its inner products and x0 once
-# more; with a delayed scale, x0 alone. Delta is written too.
-UPDATES = {
-  "base alone": Update(lambda base: base, 0),
-  "optax mechanize": Update(contrib.mechanize, 4),
-  "mechanize": _mechanize(4),
-  "the flag's": _mechanize(4, **_FLAG),
-  "x0_dtype=bfloat16": _mechanize(3, x0_dtype="bfloat16"),
-  "store_delta": _mechanize(5, store_delta=True),
-  "delayed_scale": _mechanize(1, delayed_scale=True),
-  "delayed_scale, bfloat16": _mechanize(
-    0.5, delayed_scale=True, x0_dtype="bfloat16"
-  ),
-}
-
-
 def update_step(
   tx: optax.GradientTransformation,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-  """Returns (grads, state, params) -> (state, params), in donation's order."""
+  """Returns a step, (grads, state, params) -> (state, params).
+
+  Its results are in the order of the arguments that are donated for them.
+  """
 
   def step(grads, state, params):
     updates, state = tx.update(grads, state, params)
@@ -132,7 +79,7 @@ def update_step(
 def later_step(
   tx: optax.GradientTransformation,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-  """Returns the same for a step after the first, which takes x0 from params."""
+  """Returns a step after the first; the first takes x0 from the parameters."""
   step = update_step(tx)
 
   def later(grads, state, params):
@@ -144,7 +91,7 @@ def later_step(
 
 
 def copy_bytes(params: Any) -> int:
-  """Returns the bytes of one float32 copy of what a device holds of a tree."""
+  """Returns the bytes of a float32 copy of one device's part of a tree."""
   local = lambda leaf: (
     leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
   )
@@ -152,7 +99,7 @@ def copy_bytes(params: Any) -> int:
 
 
 def facts_of(compiled: Any, one_copy: int) -> Facts:
-  """Returns the facts of a compiled function, given a copy's bytes."""
+  """Returns the facts of a compiled function, in copies of so many bytes."""
   memory = compiled.memory_analysis()
   found = program.collectives(compiled.as_text())
   return Facts(
@@ -169,7 +116,7 @@ def compile_update(
   sharding: NamedSharding | None = None,
   options: dict[str, Any] | None = None,
 ) -> Facts:
-  """Compiles a later step, donated, over float32 leaves of these shapes."""
+  """Compiles a donated step after the first, over float32 leaves."""
   spec = lambda leaf: jax.ShapeDtypeStruct(
     leaf.shape, leaf.dtype, sharding=sharding
   )
@@ -185,7 +132,7 @@ def compile_update(
 
 
 class MixedModel(nnx.Module):
-  """Parameters of several placements on a mesh, and nothing else."""
+  """Parameters with the placements of `MIXED`, and nothing else."""
 
   def __init__(self, mesh: jax.sharding.Mesh):
     for name, (shape, spec) in MIXED.items():
@@ -199,7 +146,7 @@ class MixedModel(nnx.Module):
 
 
 def mixed_mesh(axis_type: AxisType) -> jax.sharding.Mesh:
-  """Returns the mesh of 4x2 that `MIXED` is for; wants eight devices."""
+  """Returns the mesh of 4x2 that `MIXED` is for; needs eight devices."""
   return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
 
 
@@ -213,7 +160,7 @@ def compile_bare(tx: optax.GradientTransformation, mesh: Any) -> Facts:
 
 
 def compile_optimizer(tx: optax.GradientTransformation, mesh: Any) -> Facts:
-  """Compiles the update by `Optimizer` of a `MixedModel`."""
+  """Compiles `Optimizer.update` of a `MixedModel`."""
   with jax.set_mesh(mesh):
     model = MixedModel(mesh)
     grads = nnx.state(MixedModel(mesh), nnx.Param)
@@ -227,7 +174,7 @@ def compile_optimizer(tx: optax.GradientTransformation, mesh: Any) -> Facts:
 
 
 def v5e() -> NamedSharding | None:
-  """Returns a chip that is not there, or None without the compiler's wheel."""
+  """Returns one chip to compile for, or None if libtpu is not installed."""
   try:
     devices = program.tpu_devices("v5e:2x2")
   except ImportError:
@@ -237,15 +184,13 @@ def v5e() -> NamedSharding | None:
 
 def main(base: str) -> None:
   """Prints the facts of all updates over a base as JSON."""
-  found: dict[str, dict[str, Any]] = {name: {} for name in UPDATES}
+  updates.register_reference()
+  found: dict[str, dict[str, Any]] = {name: {} for name in updates.UPDATES}
   chip = v5e()
-  for name, update in UPDATES.items():
-    tx = update.make(BASES[base](1.0))
-    for axis_type in (AxisType.Auto, AxisType.Explicit):
-      if axis_type == AxisType.Explicit and name == "optax mechanize":
-        continue  # It raises a ShardingTypeError (optax 0.2.8).
-      facts = compile_optimizer(tx, mixed_mesh(axis_type))
-      found[name][axis_type.name] = dataclasses.asdict(facts)
+  for name, update in updates.UPDATES.items():
+    tx = update.make(base)
+    facts = compile_optimizer(tx, mixed_mesh(AxisType.Auto))
+    found[name]["eight devices"] = dataclasses.asdict(facts)
     for label, shapes in (("one", ONE_ARRAY), ("six", SIX_MATRICES)):
       if chip is not None:
         for suffix, options in (("", None), (" HBM", NO_PREFETCH)):

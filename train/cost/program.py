@@ -1,4 +1,4 @@
-"""Compiled programs: for which devices, and what they do, counted."""
+"""Devices to compile for, and counts of what a compiled program does."""
 
 import collections
 import math
@@ -28,17 +28,22 @@ _CALLS = re.compile(
 
 
 class Collectives(NamedTuple):
-  """How many of a kind a step does, and the bytes they make on a device."""
+  """How many collectives of a kind a step does, and the bytes they produce.
+
+  Attributes:
+    count: how many.
+    bytes: of their results on one device.
+  """
 
   count: int
   bytes: int
 
 
 def collectives(hlo: str) -> Mapping[str, Collectives]:
-  """Counts a compiled program's collectives; those of a loop each time round.
+  """Counts a compiled program's collectives, in a loop once an iteration.
 
   Args:
-    hlo: `compiled.as_text()`. A loop whose length does not stand in it counts
+    hlo: `compiled.as_text()`. A loop whose length it does not state counts
       once.
 
   Returns:
@@ -57,7 +62,7 @@ def collectives(hlo: str) -> Mapping[str, Collectives]:
   for name, times in _visits(bodies, entry):
     for line in bodies[name]:
       if made := _INSTRUCTION.match(line):
-        # A collective that is done in parts has one channel for all of them.
+        # The parts of a split collective share one channel.
         channel = re.search(r"channel_id=(\d+)", line)
         found[made[3], channel[1] if channel else made[1]] = Collectives(
           times, times * _bytes(made[2], started=bool(made[4]))
@@ -74,8 +79,8 @@ def collectives(hlo: str) -> Mapping[str, Collectives]:
 def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
   """Counts the floating point operations of matrix products and convolutions.
 
-  A multiplication and an addition are two. A loop counts each time round if it
-  is a scan, and once if not; of a conditional the dearest branch counts.
+  A multiplication and an addition are two. A scan counts every iteration, any
+  other loop counts once; a conditional counts its most expensive branch.
   """
   if isinstance(jaxpr, ClosedJaxpr):
     jaxpr = jaxpr.jaxpr
@@ -100,27 +105,27 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
 
 
 def tpu_devices(topology: str) -> Sequence[Any]:
-  """Returns the devices of a TPU slice that is not there, to compile for.
+  """Returns the devices of a TPU slice to compile for; it need not be there.
 
   Args:
     topology: such as "v5e:2x2".
 
   Raises:
     ImportError: the compiler, the wheel `libtpu`, is not installed.
-    jax.errors.JaxRuntimeError: it knows no such topology.
+    jax.errors.JaxRuntimeError: the compiler knows no such topology.
   """
   import libtpu  # noqa: F401  # pyrefly: ignore[missing-import]
   from jax.experimental import topologies
 
-  # No search for a TPU of this machine's, no words about there being none (the
-  # last two are not looked at), and no lock.
+  # Keeps libtpu from searching this machine for a TPU, from warning that there
+  # is none (the last two values are not used), and from taking its lock.
   os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_ACCELERATOR_TYPE="v5litepod-8",
   )
-  # One device a chip, as on the machines themselves.
+  # One device a chip, as on real machines.
   options = {"chip_config_name": "megacore"} if "v4" in topology else {}
   return topologies.get_topology_desc(
     platform="tpu", topology_name=topology, **options
@@ -130,7 +135,7 @@ def tpu_devices(topology: str) -> Sequence[Any]:
 def _visits(
   bodies: Mapping[str, list[str]], entry: str | None
 ) -> Iterator[tuple[str, int]]:
-  """Yields each computation and how often a call of the program runs it."""
+  """Yields each computation and how often the program runs it."""
   times: collections.Counter[str] = collections.Counter()
   waiting = [(entry, 1)] if entry else []
   while waiting:
@@ -146,9 +151,9 @@ def _visits(
 
 
 def _length(line: str, condition: list[str]) -> int:
-  """Returns how often a loop goes round: said, or what it compares with."""
-  if said := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-    return int(said[1])
+  """Returns a loop's length: stated, or the bound that it compares with."""
+  if stated := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+    return int(stated[1])
   bounds = re.findall(r"constant\((\d+)\)", "\n".join(condition))
   return max(map(int, bounds), default=1)
 
@@ -157,7 +162,7 @@ def _bytes(types: str, started: bool) -> int:
   """Returns the bytes of an instruction's results."""
   arrays = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", types))
   if started:
-    # Its operands, its results, and perhaps counters.
+    # The operands come first, then the results; counters are left out.
     arrays = [each for each in arrays if each != ("32", "")]
     arrays = arrays[len(arrays) // 2 :]
   return sum(

@@ -1,1 +1,1 @@
-"""Many methods on many jobs, compared."""
+"""Comparisons of many methods on many jobs."""

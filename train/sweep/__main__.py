@@ -5,13 +5,14 @@ r"""Trains jobs with many methods, learning rates, lengths and seeds; compares.
 --config.FIELD=VALUE       replaces a field of configs/sweep.py, which says what
                            is run and explains each field
 
-appends to DIR/runs.jsonl a line for each evaluation of each run, prints tables,
+appends a line to DIR/runs.jsonl for each evaluation of each run, prints tables,
 writes them to DIR/tables.md, and draws DIR/*.png and *.svg. The runs of a
-method that differ in learning rate and seed are one compiled program, and as
-many programs run at a time as there are CPU cores. Run again, also with other
-fields or after a job's config was edited, it does what is not in the file yet.
+method that differ only in learning rate and seed are one compiled program; as
+many programs run at a time as there are CPU cores. The same command, also with
+other fields or after a job's config was edited, runs only what is missing from
+the file.
 
-For example, on a job of one's own:
+For example, on your own job:
 
   python -m train.sweep --config=configs/sweep.py --workdir=runs/mine \
     --config.jobs="('configs/digits.py',)" --config.interpolating="()" \
@@ -36,7 +37,7 @@ from train.progress import Progress
 from train.sweep import plan
 from train.sweep.runs import Row
 
-# What tables and figures are told of a row's unit.
+# What tables and figures need to know of a row's unit.
 _OF_UNIT = ("interpolates", "method", "tuned")
 
 
@@ -74,12 +75,12 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def train(units: Sequence[plan.Unit], file: Path) -> None:
-  """Does the runs that are not in the file, and appends them.
+  """Runs what is missing from the file, and appends it.
 
   Args:
     units: from `plan.make_units`.
-    file: a line for each evaluation of each run; those of a unit at a length in
-      one write.
+    file: a line for each evaluation of each run. The lines of a unit at one
+      length are written at once.
   """
   done = {plan.key(row) for row in read(file)}
   missing = []
@@ -128,7 +129,7 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
 
 
 def rows_of(units: Sequence[plan.Unit], file: Path) -> list[Row]:
-  """Returns the rows that a file has of units, with what tells them apart."""
+  """Returns the file's rows of these units, with the units' attributes."""
   found = {plan.key(row): row for row in read(file)}
   return [
     found[key] | {name: getattr(unit, name) for name in _OF_UNIT}
@@ -141,7 +142,7 @@ def rows_of(units: Sequence[plan.Unit], file: Path) -> list[Row]:
 def read(file: Path) -> list[Row]:
   """Returns the lines of a file; none if there is no file.
 
-  A line that a kill cut short is taken away.
+  A line that a kill cut short is removed.
   """
   if not file.exists():
     return []

@@ -1,4 +1,4 @@
-"""What the runs of a sweep reached, compared."""
+"""Comparisons of what the runs of a sweep reached, as tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,53 +10,53 @@ import pandas as pd
 
 from train.tables import format_table
 
-# Training losses below this fraction of the first one count as that: the
-# training examples are learned by heart.
+# The smallest training loss that counts, as a fraction of the initial one; at
+# smaller losses the training examples are memorized.
 FLOOR = 0.005
-# Within this factor of a method's best loss a learning rate is usable.
+# A learning rate is usable if its loss is within this factor of the best.
 USABLE = 1.1
-# How often seeds are drawn anew for an interval.
+# Resamplings of the seeds for an interval.
 _DRAWS = 4000
 
 _CASE = ["job", "num_steps"]
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-  """Returns the rows of a sweep, with what counts of each.
+  """Returns the rows of a sweep as a table, with the loss that counts.
 
   Args:
-    rows: as in runs.jsonl, with what their `Unit` says of them: "method",
-      "tuned", and "interpolates" of jobs whose training loss counts.
+    rows: as in runs.jsonl, with "method", "tuned" and "interpolates" of their
+      `Unit`. Where a unit interpolates, its training loss counts.
 
   Returns:
-    The rows and the columns "tuning", the loss that learning rates are chosen
-    by; "loss", the one that counts, and "floor", what it counts as below that;
-    "accuracy", held out and not chosen by, in percent. A loss that is not
-    finite is infinite.
+    The rows with further columns: "tuning", the loss by which learning rates
+    are chosen; "loss", the one that is compared; "floor", the smallest loss
+    that counts; "accuracy" in percent, held out and not chosen by. A loss that
+    is not finite is infinite.
   """
   data = pd.DataFrame(rows)
-  by_heart = data["interpolates"]
-  data["tuning"] = data["train/loss"].where(by_heart, data["validation/loss"])
-  data["loss"] = data["train/loss"].where(by_heart, data["test/loss"])
+  memorized = data["interpolates"]
+  data["tuning"] = data["train/loss"].where(memorized, data["validation/loss"])
+  data["loss"] = data["train/loss"].where(memorized, data["test/loss"])
   data["loss"] = data["loss"].fillna(np.inf)
   data["tuning"] = data["tuning"].fillna(np.inf)
   if "test/accuracy" in data:
     both = (data["test/accuracy"] + data["validation/accuracy"]) / 2
-    data["accuracy"] = 100 * both.where(by_heart, data["test/accuracy"])
+    data["accuracy"] = 100 * both.where(memorized, data["test/accuracy"])
   else:
     data["accuracy"] = np.nan
   data["job"] = data["job"].map(short)
   start = data["loss"].where(data["step"] == 0)
   start = start.groupby([data[name] for name in _CASE]).transform("mean")
-  data["floor"] = (FLOOR * start).where(by_heart, 0.0)
+  data["floor"] = (FLOOR * start).where(memorized, 0.0)
   return data
 
 
 def chosen(data: pd.DataFrame) -> pd.DataFrame:
-  """Returns the rows of the learning rate that each method would be run with.
+  """Returns the rows of each method's chosen learning rate.
 
-  Of a tuned method the one with the smallest mean tuning loss at the last step;
-  of the others the one nearest to 1.
+  For a tuned method that is the one with the smallest mean tuning loss at the
+  last step, for the others the factor nearest to 1.
   """
   last = data[data["step"] == data["num_steps"]]
   keys = [*_CASE, "method", "learning_rate"]
@@ -74,14 +74,15 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
   """Returns a row for each job, length and method.
 
   Args:
-    data: from `frame`. Its first method is what the others are compared with.
+    data: from `frame`. The others are compared with its first method.
 
   Returns:
     The columns "job", "num_steps", "interpolates", "method", "learning_rate",
-    "tuned", "floor"; "loss", "accuracy" and their deviations over seeds,
-    "loss_sd" and "accuracy_sd"; "ratio" of the loss to the first method's;
-    "losses" and "losses_first", the two's by seed; "points" of accuracy above
-    it; "failed", how many runs ended with a loss that is not finite.
+    "tuned", "floor"; "loss", "accuracy" and their standard deviations over
+    seeds, "loss_sd" and "accuracy_sd"; "losses" and "losses_first", the losses
+    of the method and of the first one by seed; "ratio" of the two's means;
+    "points" of accuracy above the first method's; "failed", how many runs ended
+    with a loss that is not finite.
   """
   runs = chosen(data)
   last = runs[runs["step"] == runs["num_steps"]]
@@ -112,13 +113,13 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def held_out(data: pd.DataFrame) -> pd.DataFrame:
-  """Returns the rows of jobs that are learned by heart, to be seen held out.
+  """Returns the rows of memorized jobs, with their held-out losses.
 
   Args:
     data: from `frame`.
 
   Returns:
-    The rows with "tuning" and "loss" as other jobs have them.
+    The rows with the "tuning" and "loss" of the other jobs.
   """
   of = data[data["interpolates"]]
   losses = {"tuning": of["validation/loss"], "loss": of["test/loss"]}
@@ -127,28 +128,28 @@ def held_out(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(data: pd.DataFrame) -> str:
-  """Returns all that there is to say in Markdown.
+  """Returns all tables in Markdown.
 
   Args:
     data: from `frame`.
   """
   result, seen = compare(data), held_out(data)
-  by_heart = compare(seen) if len(seen) else result[:0]
-  parts = [_summary(result, by_heart), _ratios(result, "loss")]
-  if len(by_heart):
-    parts.append(_ratios(by_heart, "held-out loss"))
+  memorized = compare(seen) if len(seen) else result[:0]
+  parts = [_summary(result, memorized), _ratios(result, "loss")]
+  if len(memorized):
+    parts.append(_ratios(memorized, "held-out loss"))
   parts += [_by_job(result, n) for n in dict.fromkeys(result["num_steps"])]
   if ranges := _ranges(data):
     parts.append(ranges)
   return "\n\n".join(parts)
 
 
-def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
-  """Returns how each method does over all jobs and lengths.
+def _summary(result: pd.DataFrame, memorized: pd.DataFrame) -> str:
+  """Returns the table of each method over all jobs and lengths.
 
   Args:
     result: from `compare`.
-    by_heart: likewise, of jobs that are learned by heart, seen held out.
+    memorized: the same of memorized jobs, with their held-out losses.
   """
   first = result["method"].iloc[0]
   rows = []
@@ -156,7 +157,7 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
     by = [
       own[~own["interpolates"]]["ratio"],
       own[own["interpolates"]]["ratio"],
-      by_heart[by_heart["method"] == method]["ratio"],
+      memorized[memorized["method"] == method]["ratio"],
     ]
     rows.append(
       [
@@ -170,14 +171,14 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
       ]
     )
   head = [
-    f"loss over {first}'s, tuned"
+    f"loss over tuned {first}'s"
     if result["tuned"].iloc[0]
     else f"loss over {first}'s",
     "geometric mean",
     "95% interval",
     "held-out loss",
     "training loss",
-    "held-out loss there",
+    "held-out loss, memorized jobs",
     "worst",
     "worst accuracy, points",
     "failed runs",
@@ -186,7 +187,7 @@ def _summary(result: pd.DataFrame, by_heart: pd.DataFrame) -> str:
 
 
 def _ratios(result: pd.DataFrame, loss: str) -> str:
-  """Returns each method's losses over the first one's, length by length."""
+  """Returns the table of ratios to the first method's loss, by length."""
   jobs = list(dict.fromkeys(result["job"]))
   rows = []
   for method, own in result.groupby("method", sort=False):
@@ -200,7 +201,7 @@ def _ratios(result: pd.DataFrame, loss: str) -> str:
 
 
 def _by_job(result: pd.DataFrame, num_steps: int) -> str:
-  """Returns the losses after so many steps."""
+  """Returns the table of losses after so many steps."""
   result = result[result["num_steps"] == num_steps]
   jobs = list(dict.fromkeys(result["job"]))
   rows = []
@@ -211,12 +212,12 @@ def _by_job(result: pd.DataFrame, num_steps: int) -> str:
 
 
 def usable(data: pd.DataFrame) -> pd.DataFrame:
-  """Returns for each job, length and method the learning rates that will do.
+  """Returns the usable learning rates of each job, length and method.
 
   Returns:
-    The columns "job", "num_steps", "method", "low" and "high", between which
-    the mean loss is within USABLE of the method's best; "decades" from the one
-    to the other.
+    The columns "job", "num_steps", "method"; "low" and "high", between which
+    the mean loss is within USABLE of the method's best; and "decades" between
+    the two.
   """
   last = data[data["step"] == data["num_steps"]]
   keys = [*_CASE, "method"]
@@ -232,7 +233,7 @@ def usable(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def _ranges(data: pd.DataFrame) -> str:
-  """Returns how wide the usable range of learning rates is, or ""."""
+  """Returns the table of usable ranges of learning rates, or ""."""
   several = data.groupby("method", sort=False)["learning_rate"].nunique() > 1
   if not several.any():
     return ""
@@ -255,9 +256,9 @@ def geometric_mean(ratios: pd.Series) -> float:
 def interval(result: pd.DataFrame) -> tuple[float, float]:
   """Returns the 95% interval of the geometric mean ratio over seeds.
 
-  It is the bootstrap's (Efron, Tibshirani 1993), by percentiles: each job and
-  length draws its seeds anew, the same for both methods. Tuned learning rates
-  stay what they are. NaN where a job has one seed, or a run failed.
+  A percentile bootstrap (Efron, Tibshirani 1993): the seeds of each job and
+  length are resampled, the same for both methods, while the tuned learning
+  rates stay. NaN where a job has a single seed or a run failed.
 
   Args:
     result: rows of one method, from `compare`.
@@ -298,7 +299,7 @@ def _cell(row: Any) -> str:
 
 
 def short(job: str) -> str:
-  """Returns what tables call a job: configs/text.py:gru is text:gru."""
+  """Returns a job's name in tables: configs/text.py:gru is text:gru."""
   file, *fields = job.split()
   name, colon, variant = file.partition(":")
   return " ".join([Path(name).stem + colon + variant, *fields])

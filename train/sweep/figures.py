@@ -14,18 +14,18 @@ from matplotlib.figure import Figure
 
 from train.sweep import comparison
 
-# Of each method, what matplotlib draws a line with.
+# Method -> matplotlib's keyword arguments for its line.
 Styles = Mapping[str, Mapping[str, Any]]
 
 _COLUMNS = 4
 _MARKERS = "os^Dv<>Pp*hXd"
-# Of the axes, times the first method's loss.
+# The axes' limits, in multiples of the first method's loss.
 _LOSSES = (0.4, 10.0)
 _TICKS = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 
 
 def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:
-  """Draws what there is to draw; yields the files' names.
+  """Draws the figures that the data has; yields the names of the files.
 
   Args:
     data: from `comparison.frame`.
@@ -39,14 +39,14 @@ def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:
     "profiles": lambda: _profiles(result, styles),
     "losses": lambda: _over_steps(chosen, "loss", styles),
     "learning_rates": lambda: _over_rates(data, styles),
-    # At the last step the schedule is over.
+    # Without the last step, where the schedule ends.
     "learned": lambda: _over_steps(
       chosen[chosen["step"] < chosen["num_steps"]],
       "learning_rate/effective",
       styles,
     ),
   }
-  # Text stays text, and nothing of the day or of chance.
+  # Text stays text, and the files depend on nothing but the data.
   fixed = {"svg.fonttype": "none", "svg.hashsalt": "sweep"}
   for name, make in drawings.items():
     figure = make()
@@ -60,7 +60,7 @@ def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:
 
 
 def _styles(result: pd.DataFrame) -> Styles:
-  """Returns each method's color and line, ten colors a kind of line."""
+  """Returns each method's color and line style, ten colors for each style."""
   methods = list(dict.fromkeys(result["method"]))
   styles = itertools.product(("-", "--", ":"), mpl.color_sequences["tab10"])
   return {
@@ -70,7 +70,7 @@ def _styles(result: pd.DataFrame) -> Styles:
 
 
 def _ratios(result: pd.DataFrame, styles: Styles) -> Figure:
-  """Draws each method's losses over the first one's, a point a job."""
+  """Draws ratios to the first method's loss, a point for each job."""
   methods = list(styles)
   figure = Figure((8, 1.5 + 0.35 * len(methods)), layout="constrained")
   axes = figure.subplots()
@@ -108,7 +108,7 @@ def _ratios(result: pd.DataFrame, styles: Styles) -> Figure:
 
 
 def _profiles(result: pd.DataFrame, styles: Styles) -> Figure:
-  """Draws the fraction of jobs and lengths that are within a factor."""
+  """Draws the fraction of jobs and lengths within each factor."""
   figure = Figure((7, 4), layout="constrained")
   axes = figure.subplots()
   factors = np.geomspace(_LOSSES[0], 4.0, 400)
@@ -128,7 +128,7 @@ def _profiles(result: pd.DataFrame, styles: Styles) -> Figure:
 
 
 def _over_rates(data: pd.DataFrame, styles: Styles) -> Figure | None:
-  """Draws the last loss over the learning rate, where there are several."""
+  """Draws the last loss over the learning rate of methods with several."""
   last = data[data["step"] == data["num_steps"]]
   rates = last.groupby("method")["learning_rate"].transform("nunique")
   last = last[(rates > 1) & (last["num_steps"] == last["num_steps"].max())]
@@ -179,7 +179,7 @@ def _panels(
   xlabel: str,
   ylabel: str,
 ) -> Figure:
-  """Draws a panel a job."""
+  """Draws a panel for each job."""
   jobs = list(dict.fromkeys(data["job"]))
   columns = min(_COLUMNS, len(jobs))
   rows = math.ceil(len(jobs) / columns)

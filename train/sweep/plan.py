@@ -1,4 +1,4 @@
-"""What a sweep's config describes, run by run."""
+"""The runs that a sweep's config describes."""
 
 import itertools
 import math
@@ -16,10 +16,10 @@ from flax_mechanic.methods import stack
 from train import flags
 from train.sweep.runs import Row, Run, Runs, make_tasks
 
-# Of a row: what was run. The rest is what was measured.
+# The columns of a row that say what was run; the others were measured.
 _KEYS = ("job", "config_crc32", "num_steps", "learning_rate", "seed", "step")
 
-# What tells a row from all others.
+# The values of those columns, which identify a row.
 Key = tuple[Any, ...]
 
 
@@ -27,14 +27,14 @@ class Unit(NamedTuple):
   """A job with a method: the runs of one program, at every length.
 
   Attributes:
-    job: its config file, and the fields that were set; what it is called.
-    interpolates: whether it is learned by heart.
-    method: what the method is called.
-    settings: the fields that it sets, FIELD=VALUE ...
-    tuned: whether its learning rate is tuned by hand.
-    rates: the learning rates, or factors of what is learned.
-    config: the job's.
-    sweep: the sweep's, with the job's own lengths and such.
+    job: its config file and the fields that were set; the job's name.
+    interpolates: whether the training examples are memorized.
+    method: the method's name.
+    settings: the fields that the method sets, FIELD=VALUE ...
+    tuned: whether the learning rate is tuned by hand.
+    rates: the learning rates, or factors of the learned ones.
+    config: the job's config.
+    sweep: the sweep's config, with the job's own lengths and such.
   """
 
   job: str
@@ -51,7 +51,7 @@ class Unit(NamedTuple):
     return list(itertools.product(self.rates, range(self.sweep.seeds)))
 
   def keys(self, num_steps: int) -> Iterator[Key]:
-    """Yields the keys of the rows that it makes at a length."""
+    """Yields the keys of the rows that it produces at a length."""
     steps = {*range(0, num_steps + 1, self._every(num_steps)), num_steps}
     crc32 = self._config_crc32()
     for (rate, seed), step in itertools.product(self.runs(), sorted(steps)):
@@ -66,7 +66,7 @@ class Unit(NamedTuple):
       max(own.num_steps),
       own.runs_at_once,
     )
-    # Every length is done in calls of so many steps, of the same program.
+    # The number of steps in a call, so that one program serves every length.
     call_every = math.gcd(*map(self._every, own.num_steps))
     names = {
       "job": self.job,
@@ -79,11 +79,11 @@ class Unit(NamedTuple):
         yield n, [names | {"num_steps": n} | row for row in rows]
 
   def _config_crc32(self) -> int:
-    """Returns a checksum of all the job's fields, defaults too."""
+    """Returns a checksum of all the job's fields, defaults included."""
     return zlib.crc32(self.config.to_json_best_effort().encode())
 
   def _every(self, num_steps: int) -> int:
-    """Returns the steps between two evaluations."""
+    """Returns the number of steps between evaluations."""
     return max(num_steps // self.sweep.evaluations, 1)
 
 
@@ -93,13 +93,13 @@ def key(row: Row) -> Key:
 
 
 def make_units(config: ConfigDict) -> list[Unit]:
-  """Returns what a sweep's config describes.
+  """Returns the units that a sweep's config describes.
 
   Args:
     config: as `configs/sweep.py` describes it.
 
   Raises:
-    UsageError: a job or a method that is none, or a value out of range.
+    UsageError: a job or a method does not exist, or a value is out of range.
   """
   units = [
     _make_unit(config, entry, method)
@@ -139,7 +139,7 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
   flags.override(job, [_split(each) for each in (*of_job, *settings)])
   with job.unlocked():
     job.learning_rate = 1.0
-  flax_mechanic.make_optimizer(job)  # What is wrong is said now.
+  flax_mechanic.make_optimizer(job)  # Raises now what would fail later.
   rows = stack.resolve(job.optimizer, job.opt.to_dict())
   tuned = all(row.tuned for row in rows)
   peaks = sweep.learning_rates

@@ -1,13 +1,11 @@
 """Runs of a job that differ in learning rate and seed, as one program."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
@@ -17,12 +15,12 @@ from train import job as job_lib
 from train import mesh as mesh_lib
 from train.tasks import Task, make_task
 
-# What a run has reached: "step", "train/loss", "validation/loss", ...
+# The result of a run: "step", "train/loss", "validation/loss", ...
 Row = dict[str, Any]
-# Which learning rate and seed.
+# The learning rate and the seed.
 Run = tuple[float, int]
 
-# Batches of the training split that an evaluation sees.
+# Batches of the training split in an evaluation.
 _TRAIN_BATCHES = 8
 
 
@@ -31,10 +29,10 @@ class Runs:
 
   A run is the job as `train.main` runs it on one device: its batches, steps and
   parameters are those of its seed. The learning rate, the seed and the schedule
-  are arguments of the compiled program, which so serves every length.
+  are arguments of the compiled program, so one program serves every length.
 
-  The held-out examples are split in two: every second one, from the first, is
-  for tuning ("validation/"), the others are for reporting ("test/").
+  The held-out examples are split in two: every second one, from the first on,
+  is for tuning ("validation/"), and the others are for reporting ("test/").
   """
 
   def __init__(
@@ -47,11 +45,11 @@ class Runs:
     """Prepares; compiles nothing.
 
     Args:
-      config: as `configs.default` describes it, with an optimizer; its seed is
-        not read, and its learning rate neither.
+      config: as `configs.default` describes it; neither its seed nor its
+        learning rate is read.
       tasks: the job's task with each seed, from 0 (see `make_tasks`).
-      max_steps: of the longest run.
-      at_once: how many runs are vectorised; the others wait for them. 0 is all.
+      max_steps: length of the longest run.
+      at_once: how many runs are vectorized at a time; 0 for all.
     """
     self._config = config.copy_and_resolve_references()
     self._config.learning_rate = 1.0
@@ -64,19 +62,18 @@ class Runs:
       axis_types=(AxisType.Auto,) * len(mesh_lib.AXES),
     )
     task = tasks[0]
-    with jax.set_mesh(self._mesh):
-      graphdef, _ = nnx.split(
-        nnx.eval_shape(
-          lambda: job_lib.create_objects(
-            task, self._config, self._tx(1.0, jnp.ones(max_steps)), 0
-          )
-        )
+
+    def functions(
+      rate: jax.typing.ArrayLike, shape: jax.Array
+    ) -> job_lib.Functions:
+      tx = flax_mechanic.make_optimizer(
+        self._config, lambda count: rate * shape[count]
       )
+      return job_lib.Functions(task, self._config, tx)
 
     def create(run: tuple[jax.Array, jax.Array], shape: jax.Array) -> nnx.State:
       rate, seed = run
-      tx = self._tx(rate, shape)
-      return nnx.state(job_lib.create_objects(task, self._config, tx, seed))
+      return functions(rate, shape).create(seed)
 
     def train(
       state: nnx.State,
@@ -85,15 +82,13 @@ class Runs:
       batches: job_lib.Batch,
     ) -> tuple[nnx.State, job_lib.Metrics]:
       rate, seed = run
-      step = functools.partial(
-        job_lib.train_step, task, graphdef, tx=self._tx(rate, shape)
-      )
       own = jax.tree.map(lambda each: each[seed], batches)
+      step = functions(rate, shape).train_step
       state, measured = jax.lax.scan(step, state, own)
       return state, jax.tree.map(lambda values: values[-1], measured)
 
     def evaluate(state: nnx.State, batch: job_lib.Batch) -> job_lib.Metrics:
-      return job_lib.eval_step(task, graphdef, state, batch)
+      return functions(1.0, jnp.ones(max_steps)).eval_step(state, batch)
 
     def over_runs(function: Callable, count: int) -> Callable:
       """Maps a function over the runs of its first `count` arguments."""
@@ -102,7 +97,7 @@ class Runs:
         one = lambda run: function(*run, *arguments[count:])
         if at_once == 0:
           return jax.vmap(one)(arguments[:count])
-        # With a batch size of 1, lax.map would vectorise over that one.
+        # With a batch size of 1, lax.map would vectorize over that one.
         size = at_once if at_once > 1 else None
         return jax.lax.map(one, arguments[:count], batch_size=size)
 
@@ -122,16 +117,17 @@ class Runs:
     """Trains from the start.
 
     Args:
-      runs: learning rate and seed of each. Of an optimizer that learns it, the
-        learning rate is a factor of what it learns, its base's own.
-      num_steps: of each; the schedule is the job's, stretched to that.
-      evaluate_every: steps; the last one is evaluated as well.
-      call_every: steps of one call of the compiled program, at most.
+      runs: the learning rate and seed of each. For an optimizer that learns its
+        learning rate, it is the learning rate of the base, a factor of what is
+        learned.
+      num_steps: of each run; the job's schedule is stretched to that.
+      evaluate_every: steps between evaluations; the last step is evaluated too.
+      call_every: largest number of steps in a call of the compiled program.
 
     Yields:
-      At each evaluation, the first one before the first step, a row a run:
-      "learning_rate", "seed", "step" and what was measured, None where it is
-      not finite.
+      At each evaluation, of which the first is before the first step, a row for
+      each run: "learning_rate", "seed", "step" and what was measured, with None
+      for values that are not finite.
     """
     shape = self._shape(num_steps)
     rates = jnp.asarray([rate for rate, _ in runs], jnp.float32)
@@ -150,15 +146,8 @@ class Runs:
           measured = _without(measured, "train/") | self._splits(state)
           yield _rows(runs, step, jax.device_get(measured))
 
-  def _tx(
-    self, rate: jax.typing.ArrayLike, shape: jax.Array
-  ) -> optax.GradientTransformation:
-    return flax_mechanic.make_optimizer(
-      self._config, lambda count: rate * shape[count]
-    )
-
   def _shape(self, num_steps: int) -> jax.Array:
-    """Returns the schedule of a run of that length, [max_steps]."""
+    """Returns the schedule of a run of that length, as an array [max_steps]."""
     config = self._config.copy_and_resolve_references()
     config.num_steps = num_steps
     warmup = self._config.schedule.warmup_steps / self._config.num_steps

@@ -1,4 +1,4 @@
-"""What a job trains on: the data, the model and the loss, behind `Task`."""
+"""The tasks: the data, the model and the loss of a job."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -30,8 +30,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 class Task(Protocol):
   """The data, the model and the loss of one job.
 
-  A task holds no state that training changes: batches follow from the seed and
-  the step alone, so a resumed run sees exactly the batches it would have seen.
+  A task holds no state that training changes. Batches depend only on the seed
+  and the step, so a resumed run sees exactly the batches that it would have
+  seen.
   """
 
   description: str
@@ -40,8 +41,8 @@ class Task(Protocol):
   def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
     """Returns a new model in training mode; safe to call inside jit.
 
-    It computes in config.dtype; its parameters are float32, and the job casts
-    them. They name their axes (`mesh.logical`), and the job lays them out.
+    It computes in config.dtype. Its parameters are float32 and name their axes
+    (`mesh.logical`); the job casts and places them.
     """
     ...
 
@@ -50,13 +51,13 @@ class Task(Protocol):
 
     Args:
       step: from 0.
-      rows: which of the config.batch_size examples, all by default; along the
-        leading axis of every array. Each process asks for its own.
+      rows: which of the config.batch_size examples, along the leading axis of
+        every array; all by default. Each process asks for its own.
     """
     ...
 
   def eval_batches(self) -> Iterable[Batch]:
-    """Returns the held-out split: always the same, all of one shape."""
+    """Returns the held-out split: always the same batches, all of one shape."""
     ...
 
   def loss(
@@ -64,13 +65,13 @@ class Task(Protocol):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the batch's mean loss and its metrics, float32 scalars.
 
-    Called inside jit and under grad. The model is used as it is: `model.eval()`
-    is up to the caller.
+    Called inside jit and under grad. The model is used as it is; the caller
+    calls `model.eval()`.
     """
     ...
 
   def report(self, model: nnx.Module) -> str:
-    """Returns what to show at the end of a run; "" if there is nothing."""
+    """Returns a text to show at the end of a run, or ""."""
     ...
 
 
@@ -78,7 +79,7 @@ def make_task(config: ml_collections.ConfigDict) -> Task:
   """Returns the task that `config.task` names, its data loaded.
 
   Raises:
-    UsageError: no such task or dtype, or the task cannot be run as configured.
+    UsageError: no such task or dtype, or the task cannot run as configured.
   """
   if config.task not in _TASKS:
     raise UsageError(

@@ -1,4 +1,4 @@
-"""Handwritten digits through a narrow layer and back."""
+"""Reconstruction of handwritten digits through a narrow layer."""
 
 from collections.abc import Mapping
 
@@ -36,7 +36,7 @@ class AutoencoderModel(nnx.Module):
     self.decoder = Mlp(model.code, widths[::-1], pixels, dtype=dtype, rngs=rngs)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Maps images [B, 8, 8] to what is left of them, [B, 64]."""
+    """Maps images [B, 8, 8] to their reconstructions, [B, 64]."""
     return self.decoder(self.encoder(images))
 
 

@@ -1,4 +1,4 @@
-"""Handwritten digits: 1797 images that come with scikit-learn, 8x8 pixels."""
+"""Handwritten digits: the 1797 images of 8x8 pixels in scikit-learn."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from train.tasks.images import CLASSES, KINDS, SIDE
 from train.tasks.kinds import find_kind
 
 _MAX_PIXEL = 16
-_HELD_OUT_PER_CLASS = 36  # 360 of 1797 images; 360 divides by 8 devices.
+_HELD_OUT_PER_CLASS = 36  # 360 of 1797 images, a multiple of 8 devices.
 
 
 def load_digits(
@@ -23,11 +23,11 @@ def load_digits(
   """Returns the training and the held-out images, always the same.
 
   Args:
-    task: that asks, for the error.
+    task: the task that asks, for the error.
 
   Returns:
-    {"image": uint8 [N, 8, 8] from 0 to 16, "label": uint8 [N]}, N of 1437, and
-    the same with N of 360, 36 images of each digit.
+    {"image": uint8 [N, 8, 8] from 0 to 16, "label": uint8 [N]} with N = 1437,
+    and the same with N = 360, 36 images of each digit.
 
   Raises:
     UsageError: scikit-learn is not installed.

@@ -18,7 +18,7 @@ class Examples:
   Args:
     config: of the job; `seed` and `batch_size` are read.
     train: arrays [N, ...] by name.
-    held_out: the same of other examples.
+    held_out: the same for other examples.
   """
 
   def __init__(
@@ -31,7 +31,7 @@ class Examples:
   def train_batch(
     self, step: int, rows: slice = slice(None)
   ) -> dict[str, np.ndarray]:
-    """Returns the next examples of an endless run of shuffled epochs."""
+    """Returns the examples of a step, from shuffled epochs without end."""
     batch_size = self._config.batch_size
     count = len(next(iter(self._train.values())))
     number = step * batch_size + np.arange(batch_size)[rows]
@@ -43,7 +43,7 @@ class Examples:
     return {name: array[index] for name, array in self._train.items()}
 
   def eval_batches(self) -> list[Arrays]:
-    """Returns one batch, all held-out examples."""
+    """Returns one batch of all held-out examples."""
     return [self._held_out]
 
   def report(self, model: nnx.Module) -> str:
@@ -71,18 +71,18 @@ def scikit_learn(task: str) -> Any:
 def add_label_noise(
   labels: np.ndarray, fraction: float, classes: int
 ) -> np.ndarray:
-  """Returns labels of which a fraction is drawn anew, each class as likely.
+  """Returns labels of which a fraction is replaced by uniform random classes.
 
-  The same of them to the same classes, whatever the job's seed; a larger
-  fraction includes a smaller one's.
+  The job's seed does not matter: a fraction always replaces the same labels by
+  the same classes, and a larger one replaces those of a smaller one too.
 
   Args:
     labels: integers [N].
     fraction: config.data.label_noise, from 0 to 1.
-    classes: the labels are below this.
+    classes: the number of classes.
 
   Raises:
-    UsageError: no such fraction.
+    UsageError: the fraction is out of range.
   """
   if not 0 <= fraction <= 1:
     raise UsageError(

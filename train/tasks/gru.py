@@ -17,7 +17,7 @@ class Gru(nnx.Module):
 
   Args:
     model: the sizes, `config.model` of configs/text.py:gru.
-    dtype: of the computation; the logits are float32 all the same.
+    dtype: of the computation; the logits are always float32.
     rngs: stream "params".
   """
 
@@ -63,5 +63,5 @@ class Gru(nnx.Module):
 
 
 def check(model: ml_collections.ConfigDict) -> None:
-  """Raises a UsageError for sizes that make no network."""
+  """Raises a UsageError for invalid sizes."""
   kinds.check_sizes(model, FIELDS)

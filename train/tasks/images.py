@@ -19,7 +19,7 @@ _TOKENS = (SIDE // _PATCH) ** 2
 
 
 class Cnn(nnx.Module):
-  """3x3 convolutions of the given widths, all but the first of stride 2."""
+  """3x3 convolutions of the given widths, with stride 2 after the first."""
 
   def __init__(
     self,
@@ -104,7 +104,8 @@ class VitBlock(nnx.Module):
 class Vit(nnx.Module):
   """A pre-norm vision transformer, https://arxiv.org/abs/2010.11929.
 
-  A token is a patch of 2x2 pixels; the last tokens' mean is classified.
+  A token is a patch of 2x2 pixels; the mean of the last layer's tokens is
+  classified.
 
   Args:
     model: the sizes, `config.model` of configs/digits.py:vit.

@@ -1,4 +1,4 @@
-"""The models of a task that has several, by `config.model.name`."""
+"""The kinds of models of a task, by `config.model.name`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -14,9 +14,9 @@ class Kind(NamedTuple):
 
   Attributes:
     create: (config.model, dtype=, rngs=) -> a new model.
-    fields: those of config.model, besides the name.
+    fields: of config.model, except the name.
     check: config.model -> None; raises a UsageError for values out of range.
-    config: a config with these fields, such as configs/digits.py:vit.
+    config: an example with these fields, such as configs/digits.py:vit.
   """
 
   create: Callable[..., nnx.Module]
@@ -28,12 +28,12 @@ class Kind(NamedTuple):
 def find_kind(
   model: ml_collections.ConfigDict, kinds: Mapping[str, Kind], task: str
 ) -> Kind:
-  """Returns the kind that `model.name` names, its fields checked.
+  """Returns the kind that `model.name` names, after a check of its fields.
 
   Args:
     model: the job's config.model.
-    kinds: the task's, by name.
-    task: its name, for the error.
+    kinds: the task's kinds by name.
+    task: the task's name, for the error.
 
   Raises:
     UsageError: no such kind, fields of another kind, or values out of range.

@@ -1,4 +1,4 @@
-"""Mean losses and their metrics, float32 whatever the model computes in."""
+"""Mean losses and their metrics, always in float32."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Fully connected layers, for every task on vectors."""
+"""Fully connected layers, for all tasks on vectors."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ class Mlp(nnx.Module):
   """ReLU layers of the given widths, then a linear one.
 
   Args:
-    inputs: numbers an example.
-    widths: of the hidden layers; () makes a linear model.
+    inputs: size of an example.
+    widths: of the hidden layers; () is a linear model.
     outputs: width of the last layer.
     dtype: of the computation.
     rngs: stream "params".
@@ -40,7 +40,7 @@ class Mlp(nnx.Module):
     self.head = head
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, ...], `inputs` numbers an example, to [B, outputs]."""
+    """Maps examples [B, ...], of `inputs` numbers each, to [B, outputs]."""
     x = x.reshape(len(x), -1)
     for layer in self.hidden:
       x = nnx.relu(layer(x))
@@ -48,9 +48,9 @@ class Mlp(nnx.Module):
 
 
 def check_widths(widths: Sequence[int], at_least: int = 0) -> None:
-  """Raises a UsageError for hidden layers that cannot be made."""
+  """Raises a UsageError for invalid or too few widths."""
   if len(widths) < at_least or any(width < 1 for width in widths):
     raise UsageError(
-      f"config.model.widths={tuple(widths)} is not a width for each hidden"
+      f"config.model.widths={tuple(widths)} must hold the width of each hidden"
       " layer; type for example --config.model.widths='(64, 64)'"
     )

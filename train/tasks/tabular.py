@@ -1,4 +1,4 @@
-"""Tables of measurements that come with scikit-learn."""
+"""Tables of measurements in scikit-learn."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Table(NamedTuple):
 
   Attributes:
     loader: the function of `sklearn.datasets`.
-    classes: of the target; 0 where it is a number.
+    classes: of the target; 0 where the target is a number.
   """
 
   loader: str
@@ -37,8 +37,8 @@ class Tabular(Examples):
   """A class, or a number, from a row of measurements.
 
   Batches are {"features": float32 [B, F], "target": uint8 or float32 [B]}. A
-  fifth of the rows is held out, whatever the seed. Features, and a target that
-  is a number, have mean 0 and deviation 1 in the training rows.
+  fifth of the rows is held out, whatever the seed. Features, and targets that
+  are numbers, have mean 0 and standard deviation 1 in the training rows.
   """
 
   def __init__(self, config: ml_collections.ConfigDict):
@@ -57,7 +57,7 @@ class Tabular(Examples):
     load = getattr(scikit_learn("tabular"), _TABLES[name].loader)
     features, target = load(return_X_y=True)
     order = np.random.Generator(np.random.Philox(0)).permutation(len(target))
-    count = len(target) // 40 * 8  # A fifth that divides by 8 devices.
+    count = len(target) // 40 * 8  # A fifth, as a multiple of 8 devices.
     held_out, train = np.split(order, [count])
     features = _standardize(features, train)
     if self._classes:
@@ -76,7 +76,7 @@ class Tabular(Examples):
     )
 
   def create_model(self, rngs: nnx.Rngs) -> Mlp:
-    """Returns a new model; its outputs are logits, or the number."""
+    """Returns a new model; its outputs are logits or the number."""
     return Mlp(
       self._train["features"].shape[1],
       self._config.model.widths,
@@ -94,11 +94,11 @@ class Tabular(Examples):
 
 
 def _standardize(values: np.ndarray, train: np.ndarray) -> np.ndarray:
-  """Returns values [N, ...], float32, with mean 0 and deviation 1 in `train`.
+  """Returns values with mean 0 and deviation 1 in `train`, float32 [N, ...].
 
   Args:
     values: [N, ...].
-    train: indices of the rows to measure.
+    train: indices of the rows that mean and deviation are taken over.
   """
   mean, deviation = values[train].mean(0), values[train].std(0)
   return ((values - mean) / deviation).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Synthetic regression: a network learns another's noisy outputs."""
+"""Synthetic regression: a network learns another network's noisy outputs."""
 
 from collections.abc import Mapping
 
@@ -18,12 +18,12 @@ _HELD_OUT = 2048
 
 
 class Teacher:
-  """A number from 16 others, new examples in every batch.
+  """A number from 16 others, with new examples in every batch.
 
   target = tanh(x W1) W2 + config.data.noise * e, with x ~ N(0, I_16), e ~
-  N(0, 1), and W1 [16, 8] and W2 [8, 1] the same whatever the seed, their
-  entries of variance 1/16 and 1/8. Batches are {"features": float32 [B, 16],
-  "target": float32 [B]}; 2048 examples are held out.
+  N(0, 1). W1 [16, 8] and W2 [8, 1] have entries of variance 1/16 and 1/8 and do
+  not depend on the seed. Batches are {"features": float32 [B, 16], "target":
+  float32 [B]}; 2048 examples are held out.
   """
 
   def __init__(self, config: ml_collections.ConfigDict):
@@ -62,13 +62,13 @@ class Teacher:
     return {name: array[rows] for name, array in batch.items()}
 
   def eval_batches(self) -> list[dict[str, np.ndarray]]:
-    """Returns one batch, all held-out examples."""
+    """Returns one batch of all held-out examples."""
     return [self._held_out]
 
   def loss(
     self, model: nnx.Module, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, losses.Metrics]:
-    """Returns the mean squared error; the noise alone makes noise^2 of it."""
+    """Returns the mean squared error, noise^2 of which is the noise's."""
     return losses.squared_error(model(batch["features"]), batch["target"])
 
   def report(self, model: nnx.Module) -> str:

@@ -1,4 +1,4 @@
-"""Any folder of text, byte by byte."""
+"""Next-byte prediction on any folder of text."""
 
 import functools
 import os
@@ -31,7 +31,7 @@ _KINDS = {
   ),
 }
 
-# Tests, other people's packages, and folders that are tables more than text.
+# Tests, other people's packages, and folders of tables rather than text.
 _NOT_STDLIB = (
   "dist-packages",
   "encodings",
@@ -67,8 +67,8 @@ def read_files(
 ) -> dict[str, bytes]:
   """Returns the text files below `folder` by relative posix path, sorted.
 
-  Text is valid UTF-8 without NUL. Empty files, hidden files and folders,
-  __pycache__ and folders named in `skip` are left out.
+  A text file is valid UTF-8 without NUL. Empty files, hidden files and folders,
+  __pycache__ and the folders named in `skip` are ignored.
   """
   files = {}
   for root, folders, names in os.walk(folder):
@@ -81,7 +81,7 @@ def read_files(
       path = pathlib.Path(root, name)
       if name.startswith(".") or not name.endswith(suffix):
         continue
-      if not path.is_file():  # A pipe, or a link that leads nowhere.
+      if not path.is_file():  # A pipe or a broken link.
         continue
       data = path.read_bytes()
       if data and _is_text(data):
@@ -102,10 +102,10 @@ def split_by_file(
 ) -> tuple[dict[str, bytes], dict[str, bytes]]:
   """Splits files into training and held-out ones by a hash of their paths.
 
-  A file with crc32(path) % 10 == 0 is held out, so other files that come and go
-  do not move it. Where that would leave a side empty, the tenth of the files
-  with the smallest hashes is held out, at least one; and of a single file, its
-  last tenth.
+  A file with crc32(path) % 10 == 0 is held out, whatever other files there are.
+  If that would leave a side empty, the tenth of the files with the smallest
+  hashes is held out, at least one. A single file is split: its last tenth is
+  held out.
 
   Args:
     files: at least one file by relative path.
@@ -192,8 +192,8 @@ class Text:
   def eval_batches(self) -> list[dict[str, np.ndarray]]:
     """Returns at most config.data.eval_windows windows, in whole batches.
 
-    Held-out text too short for one batch of config.batch_size makes one smaller
-    batch.
+    If the held-out text is too short for a batch of config.batch_size, there is
+    one smaller batch.
     """
     count = min(
       self._config.data.eval_windows, len(self._held_out) // self._window
@@ -226,7 +226,7 @@ class Text:
       self._config.sample_length,
     )
     text = np.asarray(sample, np.uint8).tobytes().decode(errors="replace")
-    # A model in training writes control characters; a terminal would obey them.
+    # An untrained model writes control characters, which a terminal would obey.
     return "".join(
       c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
       for c in text

@@ -22,7 +22,7 @@ FIELDS = (*_SIZES, "positions", "mlp", "dropout", "scan_layers", "remat")
 Linear = Callable[..., nnx.Linear]
 
 
-# The axis of layers, where blocks are stacked, is not split.
+# The axis of layers, along which blocks are stacked, is not split.
 _LAYERS = {nnx.PARTITION_NAME: None}
 
 
@@ -121,10 +121,10 @@ class Attention(nnx.Module):
 
 
 class Embed(nnx.Embed):
-  """An embedding whose table is gathered, and not what is looked up in it."""
+  """An embedding that gathers its table instead of what is looked up in it."""
 
   def __call__(self, index: jax.Array) -> jax.Array:
-    """Maps integers of any shape to vectors, one more axis at the end."""
+    """Maps integers of any shape to vectors, along a new last axis."""
     table = mesh.constrain(self.embedding.get_value(), None, None)
     return jnp.take(table.astype(self.dtype), index, axis=0)
 
@@ -165,7 +165,7 @@ class Transformer(nnx.Module):
 
   Args:
     model: the sizes, `config.model` of configs/text.py.
-    dtype: dtype of the computation; the logits are float32 all the same.
+    dtype: of the computation; the logits are always float32.
     rngs: streams "params" and, if model.dropout > 0, "dropout".
   """
 
@@ -233,11 +233,11 @@ class Transformer(nnx.Module):
 
 
 def check(model: ml_collections.ConfigDict) -> None:
-  """Raises a UsageError for sizes that make no transformer."""
+  """Raises a UsageError for invalid fields."""
   for field, names in (("positions", _POSITIONS), ("mlp", _MLPS)):
     if model[field] not in names:
       raise UsageError(
-        f"config.model.{field}={model[field]!r} is not known"
+        f"config.model.{field}={model[field]!r} is unknown"
         f"{did_you_mean(model[field], names)}"
       )
   kinds.check_sizes(model, _SIZES)

@@ -1,5 +1,7 @@
 """The job on a mesh: sizes, placement, batches, the same loss everywhere."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -54,9 +56,10 @@ def run(job):
   return losses, state
 
 
-def run_on_one(job, **fields):
-  fields = {"data": 1} | fields
-  return run(make_job(make_config(job, **fields), jax.devices()[:1]))[0]
+@functools.cache
+def run_on_one(job):
+  """Returns the losses on one device."""
+  return run(make_job(make_config(job, data=1), jax.devices()[:1]))[0]
 
 
 @pytest.mark.parametrize(
@@ -151,18 +154,17 @@ def test_rows_of_a_batch_are_those_of_the_whole(job):
 
 
 @pytest.mark.parametrize(
-  "axis_type", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-  ("job", "sizes"),
+  ("job", "sizes", "axis_type"),
   [
+    # Every job on every mesh, each of both on axes of either type.
     pytest.param(
       job,
       sizes,
+      ("auto", "explicit")[(i + j) % 2],
       marks=() if job == "text" and sizes is MESHES[0] else pytest.mark.slow,
     )
-    for job in JOBS
-    for sizes in MESHES
+    for i, job in enumerate(JOBS)
+    for j, sizes in enumerate(MESHES)
   ],
 )
 def test_the_loss_of_one_device_on_every_mesh(job, sizes, axis_type):
@@ -173,15 +175,17 @@ def test_the_loss_of_one_device_on_every_mesh(job, sizes, axis_type):
 
 
 @pytest.mark.parametrize(
-  "axis_type", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-  ("shard", "offload"),
+  ("shard", "offload", "axis_type"),
   [
-    (True, True),
+    (True, True, "auto"),
     *(
+      # With the first every pair of values.
       pytest.param(*each, marks=pytest.mark.slow)
-      for each in ((False, False), (False, True), (True, False))
+      for each in (
+        (False, False, "auto"),
+        (False, True, "explicit"),
+        (True, False, "explicit"),
+      )
     ),
   ],
 )
@@ -267,11 +271,32 @@ def test_stacked_layers_compute_what_separate_ones_do():
   np.testing.assert_allclose(stacked(tokens), separate(tokens), atol=1e-5)
 
 
+# Devices, and how a checkpoint of the mesh of 2x2x2 is placed on them.
+ELSEWHERE = {
+  "same": (8, {"fsdp": 2, "tensor": 2, "shard_optimizer_state": True}),
+  "explicit": (
+    8,
+    {"data": 1, "fsdp": 4, "tensor": 2, "axis_type": "explicit"},
+  ),
+  "host": (8, {"offload_optimizer_state": True}),
+  "half": (4, {"tensor": 2, "shard_optimizer_state": True}),
+  "one": (1, {}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name", ["mechanic", "prodigy", "schedule_free", "sam", "dpsgd"]
+  ("name", "places"),
+  [
+    ("mechanic", [*ELSEWHERE]),
+    # Each of the other kinds of state, on two.
+    ("prodigy", ["explicit", "one"]),
+    ("schedule_free", ["host", "half"]),
+    ("sam", ["half", "explicit"]),
+    ("dpsgd", ["same", "one"]),
+  ],
 )
-def test_a_checkpoint_goes_on_elsewhere(tmp_path, name):
+def test_a_checkpoint_goes_on_elsewhere(tmp_path, name, places):
   def make(devices, **fields):
     config = optimizers.configure(make_config("digits", **fields), name)
     config.checkpoint_every = 1
@@ -284,19 +309,14 @@ def test_a_checkpoint_goes_on_elsewhere(tmp_path, name):
       losses.append(float(metrics["train/loss"]))
     return state, losses
 
-  job = make(8, fsdp=2, tensor=2, shard_optimizer_state=True)
+  devices, fields = ELSEWHERE["same"]
+  job = make(devices, **fields)
   with jax.set_mesh(job.mesh), Checkpointer(tmp_path) as checkpointer:
     state, _ = train(job, job.create(), range(2))
     checkpointer.save(2, state)
     sums = checksums(state)
     _, wanted = train(job, state, range(2, 5))
-  for devices, fields in [
-    (8, {"fsdp": 2, "tensor": 2, "shard_optimizer_state": True}),
-    (8, {"data": 1, "fsdp": 4, "tensor": 2, "axis_type": "explicit"}),
-    (8, {"offload_optimizer_state": True}),
-    (4, {"tensor": 2, "shard_optimizer_state": True}),
-    (1, {}),
-  ]:
+  for devices, fields in map(ELSEWHERE.get, places):
     other = make(devices, **fields)
     with jax.set_mesh(other.mesh), Checkpointer(tmp_path) as checkpointer:
       state = checkpointer.restore(other.target).state
@@ -312,20 +332,16 @@ def test_a_checkpoint_goes_on_elsewhere(tmp_path, name):
     assert losses == pytest.approx(wanted, rel=1e-4)
 
 
+# On explicit axes a step is partitioned as on automatic ones, and typed too.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("name", "axis_type"),
-  [
-    (name, axis_type)
-    for name in ("mechanic", "prodigy", "schedule_free", "sam", "dpsgd", "muon")
-    for axis_type in ("auto", "explicit")
-  ],
+  "name", ["prodigy", "schedule_free", "sam", "dpsgd", "muon"]
 )
-def test_kinds_of_optimizers_on_a_mesh(name, axis_type):
+def test_kinds_of_optimizers_on_a_mesh(name):
   def losses(devices, **sizes):
     config = optimizers.configure(make_config("text", **sizes), name)
     config.shard_optimizer_state = True
     return run(make_job(config, devices))[0]
 
-  found = losses(None, data=2, fsdp=2, tensor=2, axis_type=axis_type)
+  found = losses(None, data=2, fsdp=2, tensor=2, axis_type="explicit")
   assert found == pytest.approx(losses(jax.devices()[:1]), rel=1e-4)

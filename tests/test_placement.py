@@ -30,14 +30,10 @@ SPLIT = {
   "hidden": {"kernel": P("data", "model"), "bias": P(("model", "data"))},
   "head": P(("model", "data"), None),
 }
-# One method of each way to keep a state; all the others are slow.
+# One method of each way to keep a state; the others are slow.
 QUICK = ["mechanic", "adamw", "prodigy", "adafactor", "sam", "dpsgd"]
-NAMES = [
-  name
-  if name in ("mechanic", "prodigy")
-  else pytest.param(name, marks=pytest.mark.slow)
-  for name in optimizers.NAMES
-]
+AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
+SHARD_OVER = [(), ("data",)]
 # They keep nothing that is shaped like a parameter.
 STATELESS = ["dpsgd"]
 
@@ -103,9 +99,24 @@ def check_state(state, params, specs):
     assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), text
 
 
-@pytest.mark.parametrize("shard_over", [(), ("data",)])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", NAMES)
+def train_state_cases():
+  """Yields every combination for some methods, and two for each other.
+
+  Those are both types of axes, one of them split further, in turns.
+  """
+  for i, name in enumerate(optimizers.NAMES):
+    if name in ("mechanic", "prodigy"):
+      for axis_type, shard_over in itertools.product(AXIS_TYPES, SHARD_OVER):
+        yield pytest.param(name, axis_type, shard_over)
+      continue
+    for j, axis_type in enumerate(AXIS_TYPES):
+      shard_over = SHARD_OVER[(i + j) % 2]
+      yield pytest.param(name, axis_type, shard_over, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+  ("name", "axis_type", "shard_over"), train_state_cases()
+)
 def test_train_state_stays_where_it_belongs(name, axis_type, shard_over):
   tx, devices = make_tx(name), make_mesh(axis_type)
   specs = SPLIT if shard_over else SPECS
@@ -153,30 +164,28 @@ class Model(nnx.Module):
 
 
 def cases():
-  """Yields every combination; the fast ones are some of each kind."""
-  for (
-    name,
-    axis_type,
-    annotated,
-    jitted,
-    shard_over,
-    offload,
-  ) in itertools.product(
-    optimizers.NAMES,
-    [AxisType.Auto, AxisType.Explicit],
-    [True, False],
-    [True, False],
-    [(), ("data",)],
-    [False, True],
-  ):
-    like_the_job = annotated and jitted
-    if offload and not (like_the_job and shard_over):
-      continue
-    quick = name == "mechanic" or (name in QUICK and like_the_job)
-    yield pytest.param(
-      *(name, axis_type, annotated, jitted, shard_over, offload),
-      marks=() if quick else pytest.mark.slow,
-    )
+  """Yields every combination for mechanic, and five for each other method.
+
+  Those are both types of axes, with and without splitting further, each with
+  another way in which the placement is known, in turns; and one of them with
+  the state in host memory.
+  """
+  ways = list(itertools.product([True, False], [True, False]))
+  meshes = list(itertools.product(AXIS_TYPES, SHARD_OVER))
+  for i, name in enumerate(optimizers.NAMES):
+    whole = name == "mechanic"
+    for j, (axis_type, shard_over) in enumerate(meshes):
+      for annotated, jitted in ways if whole else [ways[(i + j) % 4]]:
+        quick = whole or (name in QUICK and annotated and jitted)
+        yield pytest.param(
+          *(name, axis_type, annotated, jitted, shard_over, False),
+          marks=() if quick else pytest.mark.slow,
+        )
+    for axis_type in AXIS_TYPES if whole else [AXIS_TYPES[i % 2]]:
+      yield pytest.param(
+        *(name, axis_type, True, True, ("data",), True),
+        marks=() if name in QUICK else pytest.mark.slow,
+      )
 
 
 @functools.cache

@@ -175,18 +175,22 @@ def test_until_the_flag_is_flipped_nothing_changes(name, tmp_path):
   assert_close(plain(before.params), after)
 
 
-@pytest.mark.parametrize(
-  ("name", "optimizer"),
-  [
-    pytest.param(
-      name,
-      optimizer,
-      marks=() if optimizer == "mechanic" else pytest.mark.slow,
-    )
-    for name in JOBS
-    for optimizer in OPTIMIZERS
-  ],
-)
+def flips():
+  """Yields every job with mechanic, and two with each other optimizer.
+
+  Those are one of those on a mesh and one of the others, in turns.
+  """
+  elsewhere = [name for name in JOBS if name not in ON_A_MESH]
+  for i, optimizer in enumerate(OPTIMIZERS):
+    if optimizer == "mechanic":
+      yield from ((name, optimizer) for name in JOBS)
+      continue
+    for names in (ON_A_MESH, elsewhere):
+      name = names[i % len(names)]
+      yield pytest.param(name, optimizer, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "optimizer"), flips())
 def test_the_flag_flipped(name, optimizer, tmp_path):
   job = load(name)
   config = job.get_config()

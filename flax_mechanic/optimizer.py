@@ -180,7 +180,7 @@ class Optimizer(nnx.Optimizer):
     return model
 
   def reanchor(self, model: nnx.Module) -> None:
-    """Starts the method afresh from the model's present parameters.
+    """Restarts the method from the model's present parameters.
 
     To be called once after weights were loaded into the model: several methods
     (prodigy, dog, dowg, cocob, schedule_free) measure from the parameters that
@@ -212,7 +212,7 @@ class Optimizer(nnx.Optimizer):
       params_only: whether to leave the saved optimizer's state.
 
     Returns:
-      Sentences on what was taken and what starts afresh.
+      Sentences on what was taken and what restarts.
 
     Raises:
       UsageError: the model's parameters are not there, have other shapes, or
@@ -281,7 +281,7 @@ def _init(
       return optimizer_lib.OptArray(value)
     metadata = _metadata(parameter)
     placed = parameter_of(path, value.shape, known)
-    # A variable moves its value to where it is annotated to lie.
+    # A variable moves its value to its annotated sharding.
     if placed is not None and "out_sharding" in metadata:
       metadata["out_sharding"] = tuple(placed.sharding.spec)
     return optimizer_lib.OptVariable(value, **metadata)

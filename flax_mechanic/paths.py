@@ -16,10 +16,11 @@ def leaf_path(path: Any) -> str:
 
 
 def parameter_path(path: Any) -> str:
-  """Returns a parameter's path as text, whatever its array is boxed in.
+  """Returns a parameter's path as text, whether or not its array is boxed.
 
-  An NNX variable and Linen's `Partitioned` hold it in an attribute `value`,
-  which `nnx.Optimizer` has its transformation see at `init` alone (flax 0.12).
+  An NNX variable and Linen's `Partitioned` hold the array in an attribute
+  `value`; `nnx.Optimizer` shows them to its transformation in `init` but not in
+  `update` (flax 0.12).
   """
   boxed = path[-1:] == (jax.tree_util.GetAttrKey("value"),)
   return leaf_path(path[:-1] if boxed else path)
@@ -30,12 +31,13 @@ def parameter_of(
 ) -> Any:
   """Returns the parameter that a leaf of an optimizer's state belongs to.
 
-  That is the one of its shape with the longest path in the leaf's own, or None.
+  That is the parameter of its shape with the longest path inside the leaf's own
+  path, or None.
 
   Args:
     path: of the leaf of the state.
     shape: of that leaf.
-    parameters: path -> what stands for a parameter; it has a shape.
+    parameters: path -> anything with the parameter's shape.
   """
   names = leaf_path(path).split("/")
   for length in range(len(names), 0, -1):
@@ -55,7 +57,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def matching(patterns: Sequence[str], params: optax.Params) -> Any:
-  """Returns a tree of bools: which leaves a pattern is found in the path of.
+  """Returns a tree of bools: which leaves' paths match a pattern.
 
   Args:
     patterns: regular expressions, searched in paths such as "blocks/0/bias".
@@ -76,7 +78,7 @@ def matching(patterns: Sequence[str], params: optax.Params) -> Any:
 def check_found(
   patterns: Sequence[str], params: optax.Params, field: str
 ) -> None:
-  """Raises a UsageError for a pattern that is found in no parameter's path.
+  """Raises a UsageError for a pattern that matches no parameter's path.
 
   Args:
     patterns: as in `matching`.

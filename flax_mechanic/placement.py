@@ -1,4 +1,4 @@
-"""Where the leaves of a tree lie on a mesh, and those of a state over it."""
+"""Where the leaves of a tree, and of a state over it, are placed on a mesh."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ HOST = "pinned_host"
 
 
 class PlacedLeaf(NamedTuple):
-  """A leaf, such as the one at "hidden/kernel", and where it lies if known."""
+  """A leaf, such as the one at "hidden/kernel", and its sharding if known."""
 
   path: str
   shape: tuple[int, ...]
@@ -28,16 +28,16 @@ class PlacedLeaf(NamedTuple):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-  """The leaves of a tree and, as far as known, their shardings; hashable.
+  """The leaves of a tree and, where known, their shardings; hashable.
 
-  As a pytree it has no leaves, so that it passes through optax's wrappers and
+  As a pytree it has no leaves, so it passes through optax's wrappers and
   through conditionals.
 
   Attributes:
-    leaves: those of the tree; all that are known to lie on a mesh of several
-      devices lie on the same one.
-    offload: whether a state over them is kept in pinned host memory, as far as
-      its leaves are shaped like them.
+    leaves: those of the tree. All known shardings are on one mesh of several
+      devices.
+    offload: whether the leaves of a state that are shaped like them are kept in
+      pinned host memory.
 
   Example:
     >>> mesh = jax.make_mesh((2,), ("data",))
@@ -56,9 +56,9 @@ class Shardings:
     """Returns what is known of arrays, or of their shapes and shardings.
 
     Args:
-      tree: of `jax.Array` or `jax.ShapeDtypeStruct`. Of what is not on a mesh
-        of several devices the sharding is left out, and so is that of tracers,
-        unless the mesh is Explicit: their types say it.
+      tree: of `jax.Array` or `jax.ShapeDtypeStruct`. The sharding of a leaf
+        that is not on a mesh of several devices is unknown, and so is that of a
+        tracer unless the mesh is Explicit, where the type says it.
 
     Example:
       >>> mesh = jax.make_mesh((2,), ("data",))
@@ -86,11 +86,11 @@ class Shardings:
 
   @property
   def mesh(self) -> Any:
-    """The mesh that leaves are known to lie on, or None."""
+    """The mesh that the known shardings are on, or None."""
     return next((each.mesh for each in self.by_path.values()), None)
 
   def on(self, mesh: Any) -> Self:
-    """Returns the same over a mesh whose axes have the same names."""
+    """Returns the same on another mesh, whose axes have the same names."""
     return self._map(
       lambda leaf: NamedSharding(mesh, leaf.sharding.spec)  # pyrefly: ignore
     )
@@ -98,19 +98,19 @@ class Shardings:
   def split_over(self, axes: Sequence[str]) -> Self:
     """Returns the shardings with each leaf split over `axes` as well.
 
-    That is ZeRO-1's placement of a state. A leaf is split along its first
-    dimension that the axes' sizes divide; one without stays as it is.
+    This is ZeRO-1's placement of a state. A leaf is split along its first
+    dimension that the axes' sizes divide; a leaf without one stays as it is.
 
     Args:
-      axes: of the mesh, such as "data"; one that it does not have, or that
-        splits a leaf already, is left out.
+      axes: of the mesh, such as "data". An axis that the mesh does not have, or
+        that already splits a leaf, is ignored.
     """
     return self._map(
       lambda leaf: _split_over(leaf.sharding, leaf.shape, axes)  # pyrefly: ignore
     )
 
   def for_state(self, shard_over: Sequence[str], offload: bool) -> Self:
-    """Returns those of a state's leaves that are shaped like parameters.
+    """Returns the shardings of a state's leaves that are shaped like these.
 
     Args:
       shard_over: axes over which they are split as well.
@@ -121,8 +121,8 @@ class Shardings:
   def of_state(self, state: Any) -> Any:
     """Returns the shardings of an optimizer's state over these parameters.
 
-    A leaf lies where the parameter lies whose path is part of its own and whose
-    shape it has; others are replicated over the mesh.
+    A leaf is placed like the parameter whose shape it has and whose path is
+    part of its own; other leaves are replicated over the mesh.
 
     Args:
       state: arrays or their shapes, as `tx.init(params)` returns them.
@@ -131,21 +131,23 @@ class Shardings:
       A tree like `state` of `NamedSharding`s; of None where nothing is known.
     """
 
-    def sharding(value, lies, offloaded):
+    def in_memory(value, sharding, offloaded):
       del value
-      return lies.with_memory_kind(HOST) if lies and offloaded else lies
+      if sharding and offloaded:
+        return sharding.with_memory_kind(HOST)
+      return sharding
 
-    return self._map_state(sharding, state)
+    return self._map_state(in_memory, state)
 
   def offloaded(self, state: Any) -> Any:
     """Returns a tree like a state of bools: what is kept in host memory."""
-    return self._map_state(lambda value, lies, offloaded: offloaded, state)
+    return self._map_state(lambda value, sharding, offloaded: offloaded, state)
 
   def place(self, tree: Any) -> Any:
-    """Returns a state, or concrete parameters, where it belongs."""
+    """Returns a state, or concrete parameters, placed by these shardings."""
 
-    def place(value, lies, offloaded):
-      value = _place(value, lies)
+    def place(value, sharding, offloaded):
+      value = _place(value, sharding)
       if not offloaded or _is_on_host(value):
         return value
       return jax.device_put(value, jax.memory.Space.Host)
@@ -153,7 +155,7 @@ class Shardings:
     return self._map_state(place, tree)
 
   def keep(self, params: optax.Params) -> optax.Params:
-    """Returns the parameters where they lay, as far as that is known."""
+    """Returns the parameters in their own placement, where it is known."""
     known = self.by_path
     return jax.tree_util.tree_map_with_path(
       lambda path, leaf: _place(leaf, known.get(parameter_path(path))), params
@@ -162,7 +164,7 @@ class Shardings:
   def init(
     self, tx: optax.GradientTransformation, params: optax.Params
   ) -> optax.OptState:
-    """Returns `tx.init(params)`, every leaf created where it belongs.
+    """Returns `tx.init(params)`, every leaf created in its placement.
 
     Args:
       tx: any optax transformation.
@@ -172,16 +174,16 @@ class Shardings:
     known = len(here.by_path) == len(self.by_path) == len(self.leaves) > 0
     if is_traced(params) or not known:
       return self.place(tx.init(params))
-    # What was known from a trace names no devices; the parameters do.
+    # A sharding that was read while tracing names no devices.
     shardings = self.on(here.mesh).of_state(jax.eval_shape(tx.init, params))
     return jax.jit(tx.init, out_shardings=shardings)(params)
 
   def extra_args(self) -> Mapping[str, Any]:
-    """Returns the extra arguments of an update that hand them on."""
+    """Returns the extra arguments that pass them to an update."""
     return {"shardings": self} if self.by_path else {}
 
   def _map(self, new: Callable[[PlacedLeaf], NamedSharding]) -> Self:
-    """Returns the same with new shardings, where there are any."""
+    """Returns the same with the known shardings replaced."""
     return dataclasses.replace(
       self,
       leaves=tuple(
@@ -193,7 +195,7 @@ class Shardings:
   def _map_state(
     self, f: Callable[[Any, NamedSharding | None, bool], Any], state: Any
   ) -> Any:
-    """Maps `f(leaf, where it lies, whether on the host)` over a state."""
+    """Maps `f(leaf, its sharding, whether on the host)` over a state."""
     parameters = {leaf.path: leaf for leaf in self.leaves}
     whole = self.mesh and NamedSharding(self.mesh, P())
 
@@ -213,16 +215,17 @@ def state_sharding(
   shard_over: Sequence[str] = (),
   offload: bool = False,
 ) -> Any:
-  """Returns where each leaf of an optimizer's state lies; allocates nothing.
+  """Returns the sharding of each leaf of an optimizer's state.
 
-  A leaf shaped like a parameter lies where that parameter lies; vectors over
-  betas, scalars, keys and factored leaves are replicated over the mesh.
+  Nothing is allocated. A leaf shaped like a parameter is placed like it;
+  vectors over betas, scalars, keys and factored leaves are replicated over the
+  mesh.
 
   Args:
     tx: any optax transformation.
     params: arrays on a mesh, or `jax.ShapeDtypeStruct`s with their shardings.
-    shard_over: axes of the mesh, such as ["data"], over which the leaves that
-      are shaped like parameters are split as well (ZeRO-1).
+    shard_over: axes of the mesh, such as ["data"], over which the leaves shaped
+      like parameters are split as well (ZeRO-1).
     offload: whether those leaves are kept in pinned host memory.
 
   Returns:
@@ -245,7 +248,7 @@ def state_sharding(
 
 
 def on_device(tree: Any) -> Any:
-  """Returns a tree with what lies in host memory brought to the devices."""
+  """Returns a tree with what is in host memory moved to the devices."""
   return jax.tree.map(
     lambda leaf: (
       jax.device_put(leaf, jax.memory.Space.Device)
@@ -291,9 +294,10 @@ def _split_over(
 
 
 def _normal(sharding: NamedSharding, ndim: int) -> NamedSharding:
-  """Returns the sharding in the words of a compiled function's results.
+  """Returns the sharding with the spec that a compiled function's results have.
 
-  Said otherwise, it would compile the step once more for the second call.
+  An equal sharding with another spec would make jit compile the step again at
+  the second call.
   """
   entries = list(sharding.spec)
   if AxisType.Explicit in sharding.mesh.axis_types:

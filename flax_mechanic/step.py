@@ -1,4 +1,4 @@
-"""One step of any method: loss, gradient, and what else the method asks for."""
+"""One step of any method: loss, gradient, and what else the method needs."""
 
 from collections.abc import Callable
 from typing import Any

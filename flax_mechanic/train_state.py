@@ -154,7 +154,7 @@ class TrainState(train_state.TrainState):
     return readers.eval_params(on_device(self.opt_state), self.params)
 
   def reanchor(self) -> Self:
-    """Returns the state with the method started afresh from its parameters.
+    """Returns the state with the method restarted from its parameters.
 
     To be called once after `state.replace(params=loaded)`: several methods
     (prodigy, dog, dowg, cocob, schedule_free) measure from the parameters that
@@ -178,7 +178,7 @@ class TrainState(train_state.TrainState):
 
     Returns:
       The state, its `step` as it was, and sentences on what was taken and what
-      starts afresh.
+      restarts.
 
     Raises:
       UsageError: the parameters are not there, have other shapes, or are

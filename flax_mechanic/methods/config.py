@@ -1,4 +1,4 @@
-"""The config's face of the table of optimizers."""
+"""The table of optimizers as fields of a job's config."""
 
 import dataclasses
 import math
@@ -35,34 +35,35 @@ def add_optimizer_config(
   *,
   old_flags: Sequence[str] | Mapping[str, str] = (),
 ) -> ConfigDict:
-  """Adds the optimizer's fields to a job's config; its own ones stay.
+  """Adds the optimizer's fields to a job's config; the job's own fields stay.
 
   The fields are `config.optimizer`, `config.opt.<name>.<option>` for every
   registered name, `config.grad_clip` (maximum global norm, 0.0 for none),
-  `config.accumulate_steps` (batches an update), and regular expressions of
-  parameters' paths: `config.freeze` (parameters that stay as they are) and
-  `config.no_decay` (that are not decayed). Every one is settable from the
-  command line: `--config.optimizer=mechanic --config.opt.mechanic.base=sgd`.
+  `config.accumulate_steps` (batches per update), and regular expressions for
+  parameters' paths: `config.freeze` (frozen parameters) and `config.no_decay`
+  (parameters without weight decay). The command line can set each of them:
+  `--config.optimizer=mechanic --config.opt.mechanic.base=sgd`.
 
   Args:
-    config: a config whose `learning_rate`, if there is one, is the one that
-      optimizers tuned by hand shall read.
+    config: a config. Optimizers that are tuned by hand read its
+      `learning_rate`, if it has one.
     optimizer: the default; by default `config.optimizer` if the job has that
       field, else "adamw".
-    old_flags: fields of the job's that go on acting, `["weight_decay", "b2"]`,
-      or their names -> new names, `{"lr": "learning_rate", "wd":
-      "weight_decay"}`. A new name is `learning_rate`, `grad_clip` or another
-      field for all, or an option: of every optimizer that is tuned by hand and
-      wraps no other, so not Mechanic's `weight_decay`, which is another thing.
-      What follows an old flag does so on the command line too, unless it is set
-      there itself. Warm-up is a matter of `make_optimizer`'s schedule.
+    old_flags: the job's fields that keep their effect, such as
+      `["weight_decay", "b2"]`, or old name -> new name, such as `{"lr":
+      "learning_rate", "wd": "weight_decay"}`. A new name is `learning_rate`,
+      `grad_clip` or another field for all methods, or an option. An option is
+      set for every optimizer that is tuned by hand and wraps no other; so
+      Mechanic's `weight_decay`, which means something else, is not. A new field
+      follows its old flag on the command line too, unless it is set there.
+      Warm-up belongs to `make_optimizer`'s schedule.
 
   Returns:
     `config`.
 
   Raises:
-    UsageError: another field is there already, `optimizer` is unknown, or an
-      old flag is not there or means nothing.
+    UsageError: a field exists already, `optimizer` is unknown, or an old flag
+      is missing or has no meaning.
 
   Example:
     >>> config = ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.1})
@@ -112,23 +113,23 @@ def make_optimizer(
 
   Args:
     config: a config that went through `add_optimizer_config`; or any object,
-      such as a dataclass, with a field `optimizer`. It may have the others too:
-      `learning_rate`, `grad_clip`, `accumulate_steps`, `freeze`, `no_decay`,
-      and `opt`, a dict or a dataclass, name -> option -> value. What is missing
-      or None has its default.
+      such as a dataclass, with a field `optimizer`. Its other fields are
+      optional: `learning_rate`, `grad_clip`, `accumulate_steps`, `freeze`,
+      `no_decay`, and `opt`, a dict or a dataclass, name -> option -> value. A
+      field that is missing or None has its default.
     schedule: update count -> learning rate; None is constant. Optimizers tuned
-      by hand take `config.learning_rate` times its shape; learning-rate-free
-      ones take its shape, and do not read that field.
+      by hand use `config.learning_rate` times its shape. Learning-rate-free
+      ones use its shape and do not read that field.
     peak: the largest value of `schedule`, whose shape is `schedule / peak`: 1.0
-      for a schedule made for this, `config.learning_rate` for one that a job
-      made for its old optimizer.
+      for a schedule made for this function, `config.learning_rate` for one that
+      the job made for its old optimizer.
 
   Returns:
-    A transformation that goes wherever an optax transformation goes.
+    A transformation, to be used like any of optax's.
 
   Raises:
-    UsageError: an unknown name, a combination that makes no sense, or a value
-      out of range.
+    UsageError: an unknown name, rows that do not go together, or a value out
+      of range.
 
   Example:
     >>> config = add_optimizer_config(ConfigDict(), optimizer="mechanic")
@@ -186,9 +187,9 @@ def make_optimizer(
 
 
 def own_schedule(config: Any) -> str:
-  """Returns the name of the schedule that the config's optimizer was made for.
+  """Returns the name of the schedule that the config's optimizer is meant for.
 
-  A name that `make_schedule` knows; "constant" for dog, "warmup" for
+  The name is one for `make_schedule`: "constant" for dog, "warmup" for
   schedule_free, "warmup_cosine" for most.
 
   Args:
@@ -208,7 +209,7 @@ def own_schedule(config: Any) -> str:
 def _read_old_flag(
   config: ConfigDict, old: str, new: str, fields: dict[str, Any]
 ) -> None:
-  """Has the fields to be added follow a field of the job's own."""
+  """Makes the fields to be added follow one of the job's fields."""
   if old not in config:
     raise UsageError(
       f"old_flags names {old!r}, which config does not have"
@@ -234,7 +235,7 @@ def _read_old_flag(
 
 
 def _field(default: Any) -> Any:
-  """Makes a typed placeholder of an option whose default is None."""
+  """Returns a typed placeholder for an option whose default is None."""
   if isinstance(default, type):
     return config_dict.placeholder(default)
   return default
@@ -280,7 +281,7 @@ def _options(
 
 
 def _as_dict(group: Any, field: str) -> dict[str, Any]:
-  """Returns a group of fields, of whichever kind it is, as name -> value."""
+  """Returns a group of fields, a dict or a dataclass, as name -> value."""
   if group is None:
     return {}
   if dataclasses.is_dataclass(group):
@@ -294,7 +295,7 @@ def _as_dict(group: Any, field: str) -> dict[str, Any]:
 
 
 def _read(config: Any, field: str, default: Any) -> Any:
-  """Returns a field of the config, or the default where it is not or None."""
+  """Returns a field of the config, or its default if it is missing or None."""
   value = getattr(config, field, None)
   if value is None:
     return _default(default)
@@ -302,12 +303,12 @@ def _read(config: Any, field: str, default: Any) -> Any:
 
 
 def _default(default: Any) -> Any:
-  """Returns a default, which a type stands for where it is None."""
+  """Returns a default; a type stands for None."""
   return None if isinstance(default, type) else default
 
 
 def _checked(value: Any, default: Any, field: str) -> Any:
-  """Returns a value, if it is None or of the type of the field's default."""
+  """Returns a value that is None or of the type of the field's default."""
   kind = default if isinstance(default, type) else type(default)
   if value is None or default is None:
     return value

@@ -107,16 +107,14 @@ def measured(
 def freeze(
   tx: optax.GradientTransformation, patterns: Sequence[str]
 ) -> optax.GradientTransformationExtraArgs:
-  """Keeps the leaves whose path a pattern is found in; `tx` sees the others.
+  """Freezes the leaves whose path matches a pattern; `tx` sees the others.
 
-  `optax.masked` would hand their raw gradient through as their update (optax
-  0.2.8).
-
+  `optax.masked` would return their raw gradient as their update (optax 0.2.8).
   """
   label = lambda params: jax.tree.map(
     lambda frozen: "freeze" if frozen else "train", matching(patterns, params)
   )
-  # Zeros like the parameters: a gradient per example has one axis more.
+  # Shaped like the parameters: a gradient per example has one more axis.
   still = optax.stateless(
     lambda updates, params: jax.tree.map(
       jnp.zeros_like, updates if params is None else params
@@ -126,7 +124,7 @@ def freeze(
 
 
 def zero_gradients(patterns: Sequence[str]) -> optax.GradientTransformation:
-  """Sets the gradients of the leaves to 0 whose path a pattern is found in."""
+  """Sets the gradients of the leaves whose path matches a pattern to 0."""
   return optax.stateless(
     lambda updates, _: jax.tree.map(
       lambda frozen, g: jnp.zeros_like(g) if frozen else g,
@@ -151,9 +149,9 @@ class AccumulatedState(NamedTuple):
 def accumulate(
   tx: optax.GradientTransformation, every: int
 ) -> optax.GradientTransformationExtraArgs:
-  """Updates once in `every` batches, with the means of gradient and loss.
+  """Updates once per `every` batches, with the means of gradient and loss.
 
-  `optax.MultiSteps` hands on the last batch's loss, and its
+  `optax.MultiSteps` passes on the last batch's loss, and its
   `gradient_transformation()` none (optax 0.2.8).
   """
   steps = optax.MultiSteps(tx, every)

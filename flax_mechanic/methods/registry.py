@@ -1,4 +1,4 @@
-"""The registry of optimizers: what a row says, and how a row is looked up."""
+"""The registry of optimizers: what a row says, and how to look one up."""
 
 import dataclasses
 import inspect
@@ -23,25 +23,25 @@ class Method:
     build: `build(learning_rate, **options)`, or for a row that wraps another
       `build(base, learning_rate, **options)`; returns an optax transformation.
     options: option -> its default, or its type where the default is None. The
-      option `base` names the wrapped row and is what makes a row a wrapper; the
+      option `base` names the wrapped row and makes this row a wrapper; the
       option `learning_rate` is the peak of a row that is not tuned.
-    tuned: whether the learning rate is tuned by hand. A wrapper that is tuned
-      leaves that to its base; one that is not learns the base's learning rate.
-    needs: what a step must hand it beside the gradient: "value", the loss;
+    tuned: whether the learning rate is tuned by hand. A tuned wrapper leaves it
+      to its base; any other wrapper learns its base's learning rate.
+    needs: what a step must pass besides the gradient: "value", the loss;
       "grad_fn", parameters -> gradient on the same batch; "per_example", a
-      gradient for each example in the gradient's place.
-    schedule: the schedule it was made for, a name that `make_schedule` knows;
+      gradient per example in place of the gradient.
+    schedule: the schedule that it is meant for, a name for `make_schedule`;
       None for a wrapper that leaves it to its base.
     decay_mask: the argument of `build` that says which leaves are decayed.
-    base_options: options that its base must have, where the base has them.
-    refuses: row -> why this wrapper cannot be above it.
-    cautions: row -> what to say once when this wrapper is above it.
+    base_options: values that options of its base must have, if it has them.
+    refuses: row -> why this wrapper does not work over it.
+    cautions: row -> the warning when this wrapper is over it.
     scalars: state type -> what that state has learned; the key "learning_rate"
       is a factor of the effective learning rate.
     eval_params: state type -> (state, params) -> parameters to evaluate.
     summary: one line on what it is.
-    advice: one line on when to take it, and with what.
-    paper: where it comes from.
+    advice: one line on when to use it, and with what.
+    paper: its source.
 
   Example:
     >>> prodigy = methods()["prodigy"]
@@ -76,7 +76,7 @@ class Method:
 
   @property
   def replaces_gradient(self) -> bool:
-    """Whether it makes a gradient of its own, so that it must be outermost."""
+    """Whether it makes its own gradient, so that it must be outermost."""
     return not self.needs.isdisjoint(("grad_fn", "per_example"))
 
 
@@ -84,7 +84,7 @@ _TABLE: dict[str, Method] = {}
 
 
 def methods() -> Mapping[str, Method]:
-  """Returns the table, name -> row, a live read-only view.
+  """Returns the table, name -> row, as a live read-only view.
 
   Example:
     >>> methods()["momo"].needs
@@ -96,15 +96,14 @@ def methods() -> Mapping[str, Method]:
 def default_options(
   build: Callable[..., Any], *, without: tuple[str, ...] = (), **overrides: Any
 ) -> dict[str, Any]:
-  """Returns the defaults in `build`'s signature that a command line can set.
-
-  Those are its bools, numbers, strings and tuples.
+  """Returns the defaults in `build`'s signature that a command line can set:
+  bools, numbers, strings and tuples.
 
   Args:
     build: a function that makes a transformation.
     without: arguments to leave out.
-    **overrides: defaults that differ from the signature's, or the type of an
-      option whose default is None.
+    **overrides: defaults in place of the signature's, or the type of an option
+      whose default is None.
 
   Example:
     >>> default_options(optax.lion, mu_dtype=str)
@@ -131,13 +130,13 @@ def register(
   Call it before `add_optimizer_config`, which then adds `config.opt.<name>`.
 
   Args:
-    name: what `config.optimizer` shall say.
+    name: the value of `config.optimizer` that selects it.
     build: `build(learning_rate, **options)`, where `learning_rate` is a float32
       scalar; or, if `options` has a `base`, `build(base, learning_rate,
       **options)`, where `learning_rate` is a schedule.
     options: option -> default, or -> type where the default is None; by default
-      what `build`'s signature says, less `learning_rate` for a tuned method.
-    **fields: the further attributes of `Method`, above all `tuned` and `needs`.
+      those of `build`'s signature, without `learning_rate` for a tuned method.
+    **fields: further attributes of `Method`, such as `tuned` and `needs`.
 
   Returns:
     The new row.
@@ -168,7 +167,7 @@ def register(
 
 
 def describe() -> str:
-  """Returns the table as text: a line of facts a row, and what it is.
+  """Returns the table as text: for each row a line of facts and what it is.
 
   Example:
     >>> describe().splitlines()[2].strip()
@@ -198,7 +197,7 @@ def get(name: str, field: str) -> Method:
 
   Args:
     name: the row's name.
-    field: the config field that says so, for the error.
+    field: the config field that names it, for the error.
 
   Raises:
     UsageError: there is no such row.

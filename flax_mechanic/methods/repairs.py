@@ -24,9 +24,9 @@ def own_buffers(
 ) -> optax.GradientTransformationExtraArgs:
   """Makes the state of `tx` safe to donate together with the parameters.
 
-  Several of optax's states hold the parameters themselves, one zeros array
-  several times, or an array that `init` hands out each time (optax 0.2.8); the
-  copies that part them vanish when `init` is compiled.
+  Several of optax's states hold the parameters themselves, one array of zeros
+  several times, or an array that every `init` returns (optax 0.2.8). The copies
+  that separate them vanish when `init` is compiled.
   """
   tx = optax.with_extra_args_support(tx)
   return optax.GradientTransformationExtraArgs(
@@ -39,8 +39,8 @@ def keep_dtypes(
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps each leaf of the state in the dtype that `init` gave it.
 
-  A float32 learning rate widens the state of low-precision parameters where it
-  comes before the accumulators (optax 0.2.8: `lars`, `cocob`).
+  A float32 learning rate that is applied before the accumulators widens the
+  state of low-precision parameters (optax 0.2.8: `lars`, `cocob`).
   """
   tx = optax.with_extra_args_support(tx)
   cast = lambda new, old: (
@@ -80,11 +80,11 @@ def hand_on(
 def box_what_fits(
   tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes leaves of the state that have a shape of their own out of boxes.
+  """Unboxes the leaves of the state that are not shaped like their parameter.
 
   Adafactor's factors, of one axis each, would stay in the boxes (Linen's
-  `Partitioned`, NNX's variables) of kernels of two axes, and no array can be
-  placed as they then say (optax 0.2.8, flax 0.12).
+  `Partitioned`, NNX's variables) of kernels with two axes, whose annotations
+  cannot place them (optax 0.2.8, flax 0.12).
   """
   tx = optax.with_extra_args_support(tx)
 
@@ -111,7 +111,7 @@ def box_what_fits(
 
 
 def _is_box(node: Any) -> bool:
-  """Whether it is a box with an array in it; `optax.masked` leaves others."""
+  """Whether it is a box with an array in it; `optax.masked` empties boxes."""
   boxes = meta.AxisMetadata | nnx.Variable
   return isinstance(node, boxes) and bool(jax.tree.leaves(node))
 
@@ -125,9 +125,9 @@ def skip_zeros(
 ) -> optax.GradientTransformationExtraArgs:
   """Skips the updates at which `tx` would divide 0 by 0.
 
-  Prodigy and D-Adaptation divide by the sum of the gradients they have weighted
-  with the learning rate (optax 0.2.8): where the schedule or the gradient is
-  exactly 0 from the start, their estimate becomes NaN for good.
+  Prodigy and D-Adaptation divide by the sum of the gradients weighted with the
+  learning rate (optax 0.2.8): if the schedule or the gradient is exactly 0 from
+  the start, their estimate becomes NaN forever.
   """
   tx = optax.with_extra_args_support(tx)
 
@@ -153,10 +153,9 @@ def on_any_mesh(
 ) -> optax.GradientTransformationExtraArgs:
   """Lets `tx` be updated where the parameters' mesh has explicit axes.
 
-  Many transformations were written without types that say how an array is
-  sharded, and raise ShardingTypeError there. They see automatic axes; what
-  comes out is sharded as what went in, updates like parameters and the new
-  state like the old one.
+  Many transformations do not expect types that say how an array is sharded, and
+  raise ShardingTypeError there. They are given automatic axes; the updates are
+  then sharded like the parameters, and the new state like the old one.
   """
   tx = optax.with_extra_args_support(tx)
 

@@ -1,4 +1,4 @@
-"""A stack of rows: what wraps what, whether it makes sense, what it builds."""
+"""A stack of rows: which row wraps which, and what the stack builds."""
 
 import dataclasses
 import warnings
@@ -25,7 +25,7 @@ def resolve(name: str, options: Options) -> list[Method]:
     options: row name -> option -> value, of every row.
 
   Raises:
-    UsageError: an unknown name, or a combination that makes no sense.
+    UsageError: an unknown name, or rows that do not go together.
   """
   rows = [registry.get(name, "config.optimizer")]
   while rows[-1].wraps:
@@ -49,7 +49,7 @@ def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
     )
   if row.replaces_gradient and above[0].replaces_gradient:
     raise UsageError(
-      f"{field}={row.name!r} makes a gradient of its own, and so does "
+      f"{field}={row.name!r} makes its own gradient, and so does "
       f"{above[0].name}; name another base, such as 'adamw'"
     )
   if row.replaces_gradient:
@@ -62,7 +62,7 @@ def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
       f"{above[-1].name}"
     )
     raise UsageError(
-      f"{field}={row.name!r} makes a gradient of its own, so it must be "
+      f"{field}={row.name!r} makes its own gradient, so it must be "
       f"outermost; type {fix}"
     )
   if "value" in row.needs and "per_example" in above[0].needs:
@@ -87,7 +87,7 @@ def peak(
   """Returns the peak learning rate: the method's own, or the user's.
 
   Raises:
-    UsageError: the stack is tuned by hand and there is no `learning_rate`.
+    UsageError: the stack is tuned by hand and `learning_rate` is None.
   """
   for row in rows:
     if not row.tuned:
@@ -101,7 +101,7 @@ def peak(
 
 
 def schedule_name(rows: Sequence[Method]) -> str:
-  """Returns the name of the schedule that the stack was made for."""
+  """Returns the name of the schedule that the stack is meant for."""
   names = (row.schedule for row in rows if row.schedule is not None)
   return next(names, "constant")
 
@@ -118,22 +118,23 @@ def build(
 ) -> optax.GradientTransformationExtraArgs:
   """Builds the transformation of a stack.
 
-  From the outside: rows that make a gradient of their own; the parameters that
-  are frozen; accumulation; clipping; the other rows.
+  From the outside in: rows that make their own gradient, frozen parameters,
+  accumulation, clipping, the other rows.
 
   Args:
     rows: the outermost wrapper first.
     options: row name -> option -> value.
     learning_rate: update count -> learning rate.
     grad_clip: maximum global norm, 0 for none.
-    accumulate_steps: batches an update.
-    freeze: regular expressions; parameters whose path one is found in stay.
-    no_decay: regular expressions; parameters whose path one is found in are
+    accumulate_steps: batches per update.
+    freeze: regular expressions; parameters whose path contains a match are
+      frozen.
+    no_decay: regular expressions; parameters whose path contains a match are
       not decayed.
 
   Raises:
     UsageError: an option that the stack cannot take; by `init`, a pattern that
-      is found in no parameter's path.
+      matches no parameter's path.
   """
   below = [row for row in rows if not row.replaces_gradient]
   outer = [row for row in rows if row.replaces_gradient]
@@ -163,7 +164,7 @@ def build(
   for row in reversed([row for row in outer if row.wraps]):
     tx = _build_row(row, tx, learning_rate, **arguments[row.name])
     if freeze:
-      # What is frozen counts in no norm that the row takes.
+      # Frozen parameters do not count in the norms that the row computes.
       tx = optax.chain(features.zero_gradients(freeze), tx)
   needs = frozenset().union(*(row.needs for row in rows))
   tx = repairs.keep_dtypes(repairs.own_buffers(tx))
@@ -177,16 +178,16 @@ def build(
 
 
 def needs(tx: optax.GradientTransformation) -> frozenset[str]:
-  """Returns what a transformation made by `build` needs beside the gradient.
+  """Returns what a transformation from `build` needs besides the gradient.
 
-  Empty for any other; see `Method.needs`.
+  It is empty for any other transformation; see `Method.needs`.
   """
   return tx.update.needs if isinstance(tx.update, _Update) else frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Update:
-  """The `update` of a transformation, which says what it needs."""
+  """An `update` that says what it needs."""
 
   update: optax.TransformUpdateExtraArgsFn
   needs: frozenset[str]
@@ -216,7 +217,7 @@ class _Update:
           "update with gradients that have the batch for a first axis"
         )
     if "grad_fn" not in self.needs:
-      # It is no array, so MultiSteps and conditionals could not hand it on.
+      # MultiSteps and conditionals pass on arrays only, and it is none.
       extra_args.pop("grad_fn", None)
     return self.update(updates, state, params, **extra_args)
 
@@ -256,8 +257,8 @@ def _build_innermost(
     options[row.decay_mask] = lambda params: jax.tree.map(
       lambda matches: not matches, matching(no_decay, params)
     )
-  _build_row(row, 1.0, **options)  # A bad option is told now, not in `init`.
-  # The injected state is where `scalars` finds the schedule's present value.
+  _build_row(row, 1.0, **options)  # A bad option raises here, not in `init`.
+  # `scalars` reads the schedule's present value from the injected state.
   inject = optax.inject_hyperparams(
     lambda learning_rate: row.build(learning_rate, **options),
     hyperparam_dtype=jnp.dtype(jnp.float32),

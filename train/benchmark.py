@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     "time to trace, lower and compile an update, by number of leaves",
     {
       str(n): functools.partial(measure.compile_times, base, n)
-      for n in ((10, 150) if quick else leaves)
+      for n in ((10, 50) if quick else leaves)
     },
   )
   _print_table(

@@ -24,9 +24,9 @@ _MECHANIC = (
   "mechanic(lion): optimizer=mechanic opt.mechanic.base=lion",
 )
 _DROP_IN = (
-  "drop-in: optimizer=mechanize",
-  f"drop-in(sgd): optimizer=mechanize opt.mechanize.base=sgd {_MOMENTUM}",
-  "drop-in(lion): optimizer=mechanize opt.mechanize.base=lion",
+  "mechanize",
+  f"mechanize(sgd): optimizer=mechanize opt.mechanize.base=sgd {_MOMENTUM}",
+  "mechanize(lion): optimizer=mechanize opt.mechanize.base=lion",
 )
 _METHODS = (
   *_TUNED,

@@ -336,7 +336,7 @@ def test_a_process_that_is_alone_has_all_its_devices(environment):
 def test_an_environment_that_says_it_in_part():
   (status,), ((_, error),) = connect("in part", 1)
   assert status == 1
-  assert "UsageError: the environment names other processes" in error
+  assert "UsageError: the environment describes the other processes" in error
 
 
 def test_where_jax_runs_already_it_is_too_late_and_fine():

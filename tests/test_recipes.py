@@ -183,7 +183,9 @@ def flips():
   elsewhere = [name for name in JOBS if name not in ON_A_MESH]
   for i, optimizer in enumerate(OPTIMIZERS):
     if optimizer == "mechanic":
-      yield from ((name, optimizer) for name in JOBS)
+      for name in JOBS:
+        dear = name in ("nnx_jit", "linen_pmap")
+        yield pytest.param(name, optimizer, marks=[pytest.mark.slow] * dear)
       continue
     for names in (ON_A_MESH, elsewhere):
       name = names[i % len(names)]

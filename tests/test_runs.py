@@ -53,7 +53,9 @@ def alone(config: ConfigDict, num_steps: int, rate: float, seed: int):
   return reached | {"learning_rate/effective": effective}
 
 
-@pytest.mark.parametrize("num_steps", [10, 20])
+@pytest.mark.parametrize(
+  "num_steps", [10, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_tuned_runs_are_the_jobs(num_steps):
   config = make_config()
   runs = make_runs(config)
@@ -69,9 +71,9 @@ def test_tuned_runs_are_the_jobs(num_steps):
 @pytest.mark.parametrize(
   ("optimizer", "rate"),
   [
-    ("mechanic", 1.0),
+    ("momo", 1.0),
+    pytest.param("mechanic", 1.0, marks=pytest.mark.slow),
     pytest.param("schedule_free", 0.1, marks=pytest.mark.slow),
-    pytest.param("momo", 1.0, marks=pytest.mark.slow),
   ],
 )
 def test_wrapped_and_learned_runs_are_the_jobs(optimizer, rate):

@@ -89,6 +89,7 @@ def test_tables_and_figures(swept):
     assert "<dc:date>" not in drawn
 
 
+@pytest.mark.slow
 def test_nothing_is_done_twice(swept, tmp_path, capsys):
   workdir, _ = swept
   file = tmp_path / "runs.jsonl"

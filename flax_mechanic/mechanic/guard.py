@@ -10,15 +10,15 @@ import optax
 
 def guarded_update(
   update: Callable[..., tuple[optax.Updates, optax.OptState]],
-  keep: Callable[[jax.Array, jax.Array], jax.Array],
+  accept: Callable[[jax.Array, jax.Array], jax.Array],
   grads: optax.Updates,
   state: optax.OptState,
   params: optax.Params,
 ) -> tuple[optax.Updates, optax.OptState]:
-  """Returns the updates and `keep(new, old)` of each leaf of the state.
+  """Returns the updates and `accept(new, old)` of each leaf of the state.
 
-  The updates are computed from the state that was kept, so they are the base's
-  own only where `keep` takes the new state throughout. Were the state selected
+  The updates are computed from the accepted state, so they are the base's own
+  only where `accept` takes the new state throughout. If the state were selected
   afterwards, XLA:TPU would split the pass in two for some dtypes and bases and
   read the state again (libtpu 0.0.51 for v5e: 12.5 copies of the parameters
   instead of 10.0 for bfloat16 under adamw, 12.0 instead of 11.0 for float32
@@ -27,7 +27,7 @@ def guarded_update(
 
   Args:
     update: the base's.
-    keep: of a new and an old leaf of the same shape.
+    accept: of a new and an old leaf of the same shape.
     grads: the gradient.
     state: the base's.
     params: the parameters.
@@ -62,7 +62,7 @@ def guarded_update(
       results = [results]
     for var, result in zip(equation.outvars, results, strict=True):
       if id(var) in old:
-        result = keep(result, old[id(var)])
+        result = accept(result, old[id(var)])
         kept.add(id(var))
       values[var] = result
 
@@ -70,7 +70,7 @@ def guarded_update(
     map(read, jaxpr.outvars)
   )
   new_leaves = [
-    new if id(atom) in kept else keep(new, leaf)
+    new if id(atom) in kept else accept(new, leaf)
     for atom, new, leaf in zip(
       new_atoms, jax.tree.leaves(new_state), old_leaves, strict=True
     )

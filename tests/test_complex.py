@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -135,3 +136,18 @@ def test_a_complex_step_goes_down_the_gradient(name, make_job):
     params = nnx.to_pure_dict(state)["model"]
   np.testing.assert_allclose(params["w"], w, rtol=1e-5)
   np.testing.assert_allclose(params["scale"], scale, rtol=1e-5)
+
+
+def test_the_second_gradient_is_of_steepest_ascent_too():
+  """What `grad_fn` returns has the sign of the gradient that `tx` receives."""
+
+  def update(updates, state, params=None, *, grad_fn, **extra_args):
+    return jax.tree.map(lambda a, b: a - b, grad_fn(params), updates), state
+
+  tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+  params = {"w": jnp.array([1.0 + 2.0j, -3.0j])}
+  state = TrainState.create(apply_fn=None, params=params, tx=tx)
+  state, _ = state.minimize(
+    lambda params: jnp.sum(jnp.abs(params["w"] - 1.0) ** 2)
+  )
+  np.testing.assert_allclose(state.params["w"], params["w"])

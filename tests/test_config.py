@@ -218,6 +218,13 @@ def test_old_flags_go_on_acting():
   np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-5)
 
 
+def test_old_flags_are_not_a_wrapper_s_options():
+  config = ConfigDict({"b1": 0.8})
+  flax_mechanic.add_optimizer_config(config, old_flags=["b1"])
+  assert config.opt.adamw.b1 == config.opt.lion.b1 == 0.8
+  assert config.opt.schedule_free.b1 == 0.9
+
+
 @pytest.mark.parametrize(
   ("old_flags", "words"),
   [
@@ -335,6 +342,8 @@ def test_register_adds_a_transformation_to_the_flag():
     )
 
   flax_mechanic.register("signed", signum)
+  rated = flax_mechanic.register("rated", lambda learning_rate=1.0, b=2: None)
+  assert rated.options == {"b": 2}
   config = make_config(optimizer="signed", opt__signed__beta=0.8)
   ours = network.train(flax_mechanic.make_optimizer(config), 10)
   theirs = network.train(signum(0.01, beta=0.8), 10)

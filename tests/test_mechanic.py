@@ -425,6 +425,7 @@ def test_low_precision_trains_like_float32(base, dtype):
     x = network.params(dtype)
   dtypes = [leaf.dtype for leaf in jax.tree.leaves(x)]
   state = tx.init(x)
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.delta))
   losses = []
   for i in range(300):
     x, state, value = step(x, state, *network.batch(i))

@@ -122,3 +122,13 @@ def test_eval_model_of_a_plain_method_is_the_model():
   model = Model(nnx.Rngs(0))
   optimizer = flax_mechanic.Optimizer(model, optax.sgd(0.1))
   assert optimizer.eval_model(model) is model
+
+
+def test_a_train_state_counts_its_steps():
+  state = flax_mechanic.TrainState.create(
+    apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.1)
+  )
+  state, _ = state.minimize(lambda params: jnp.sum(params["w"]))
+  assert int(state.step) == 1
+  state = state.apply_gradients(grads=state.params)
+  assert int(state.step) == 2

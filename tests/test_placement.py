@@ -419,3 +419,14 @@ def test_the_work_around_of_vdot_is_needed_and_leaves_nothing_behind():
     np.testing.assert_allclose(optax.tree.vdot(a, b), np.vdot(a, b), rtol=1e-6)
     assert optax.tree_utils._tree_math._vdot is not original
   assert optax.tree_utils._tree_math._vdot is original
+
+
+def test_of_parameters_on_two_meshes_nothing_is_known():
+  def on(devices):
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    return jax.device_put(jnp.ones(4), NamedSharding(mesh, P("data")))
+
+  one, other = on(jax.devices()[:2]), on(jax.devices()[2:4])
+  known = placement.Shardings.of({"a": one, "b": one}).by_path
+  assert list(known) == ["a", "b"]
+  assert not placement.Shardings.of({"a": one, "b": other}).by_path

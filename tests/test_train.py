@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -47,6 +48,20 @@ def metrics(workdir):
     {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
     for line in lines
   ]
+
+
+def test_the_last_step_is_saved_whatever_the_interval(tmp_path):
+  loop.train(make_config(num_steps=7, checkpoint_every=5), tmp_path, Writer())
+  steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+  assert steps == {5, 7}
+
+
+def test_an_evaluation_is_the_mean_over_its_batches():
+  job = types.SimpleNamespace(
+    eval_batches=lambda: [1.0, 2.0, 6.0],
+    eval_step=lambda state, batch: {"eval/loss": np.float32(state * batch)},
+  )
+  assert loop._evaluate(job, 2.0) == {"eval/loss": 6.0}
 
 
 class Killed(BaseException):

@@ -15,6 +15,7 @@ from flax import nnx
 from configs import digits, text
 from flax_mechanic import Checkpointer, UsageError, methods
 from tests import optimizers
+from train import job as job_lib
 from train import loop
 from train.job import make_job
 
@@ -54,6 +55,24 @@ def test_the_last_step_is_saved_whatever_the_interval(tmp_path):
   loop.train(make_config(num_steps=7, checkpoint_every=5), tmp_path, Writer())
   steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
   assert steps == {5, 7}
+
+
+def test_the_first_step_takes_the_first_batch(tmp_path):
+  config = make_config(num_steps=1, log_every=1, schedule__warmup_steps=0)
+  writer = Writer()
+  loop.train(config, tmp_path, writer)
+  job = make_job(config)
+  with jax.set_mesh(job.mesh):
+    _, expected = job.train_step(job.create(), job.train_batch(0))
+  loss = writer.scalars[0][1]["train/loss"]
+  np.testing.assert_allclose(loss, expected["train/loss"], rtol=1e-6)
+
+
+def test_a_schedule_counts_updates():
+  config = make_config(num_steps=40, accumulate_steps=4)
+  schedule = job_lib.make_schedule(config)
+  assert schedule(5) == 1  # After the warm-up.
+  assert schedule(10) == 0
 
 
 def test_an_evaluation_is_the_mean_over_its_batches():

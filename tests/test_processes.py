@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from flax_mechanic import UsageError
@@ -330,6 +331,16 @@ def test_slurm_says_who_takes_part():
 def test_a_process_that_is_alone_has_all_its_devices(environment):
   _, ((out, _),) = connect(environment, 1, devices=4)
   assert out == "0 1 4\n"
+
+
+@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_process_that_is_alone_keeps_all_its_devices(monkeypatch, variable):
+  def initialize():
+    raise AssertionError("jax would take one device for it")
+
+  monkeypatch.setenv(variable, "1")
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  processes.connect(None)
 
 
 @pytest.mark.slow

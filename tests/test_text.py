@@ -130,6 +130,8 @@ def test_text_windows_come_from_their_own_side(folder):
     held_out.index(window.tobytes()) for window in join(batches)["text"]
   ]
   assert (np.diff(starts) >= 33).all()
+  # Evenly spread over all of it.
+  assert np.unique(np.diff(starts)).tolist() == [len(held_out) // len(starts)]
 
 
 def test_text_windows_reach_both_ends_of_the_data(tmp_path):

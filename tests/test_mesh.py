@@ -161,7 +161,7 @@ def test_rows_of_a_batch_are_those_of_the_whole(job):
       job,
       sizes,
       ("auto", "explicit")[(i + j) % 2],
-      marks=() if job == "text" and sizes is MESHES[0] else pytest.mark.slow,
+      marks=() if job == "digits" and sizes is MESHES[0] else pytest.mark.slow,
     )
     for i, job in enumerate(JOBS)
     for j, sizes in enumerate(MESHES)

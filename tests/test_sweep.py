@@ -46,6 +46,7 @@ def swept(tmp_path_factory):
   return workdir, "\n".join(printed)
 
 
+@pytest.mark.slow
 def test_a_line_for_each_evaluation_of_each_run(swept):
   workdir, _ = swept
   found = {
@@ -69,6 +70,7 @@ def test_a_line_for_each_evaluation_of_each_run(swept):
   assert len(read(workdir)) == len(wanted)
 
 
+@pytest.mark.slow
 def test_tables_and_figures(swept):
   workdir, printed = swept
   tables = (workdir / "tables.md").read_text()

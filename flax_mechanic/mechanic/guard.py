@@ -19,11 +19,10 @@ def guarded_update(
 
   The updates are computed from the accepted state, so they are the base's own
   only where `accept` takes the new state throughout. If the state were selected
-  afterwards, XLA:TPU would split the pass in two for some dtypes and bases and
-  read the state again (libtpu 0.0.51 for v5e: 12.5 copies of the parameters
-  instead of 10.0 for bfloat16 under adamw, 12.0 instead of 11.0 for float32
-  under clipping and adamw), and XLA:CPU would hold the new state and the old
-  one at once, two copies with adamw.
+  afterwards, XLA:TPU would split the pass in two for low-precision parameters
+  and read the state again (libtpu 0.0.51 for v5e: 12.5 copies of the parameters
+  instead of 10.0 for bfloat16 under adamw), and XLA:CPU would hold the new
+  state and the old one at once, two copies with adamw.
 
   Args:
     update: the base's.

@@ -168,8 +168,8 @@ def mechanize(
     passes other arguments on to the base.
 
   Raises:
-    ValueError: an unknown variant, a number out of range, or options that
-      exclude each other; by `update`, if `params` is not given.
+    ValueError: an unknown variant or a value out of range; by `update`, if
+      `params` is not given.
 
   Example:
     >>> tx = mechanize(optax.adamw(1.0))

@@ -11,6 +11,11 @@ from flax_mechanic.mechanic import MechanicState, mechanize
 from flax_mechanic.methods import features, readers, repairs
 from flax_mechanic.methods.registry import default_options, register
 
+_MOVES_PARAMETERS = (
+  "mechanic recovers its offset from the parameters, which schedule_free moves "
+  "by itself"
+)
+
 
 def _register_mechanic(
   name: str, *, summary: str, advice: str, **defaults: Any
@@ -30,10 +35,7 @@ def _register_mechanic(
     },
     tuned=False,
     schedule=None,
-    refuses={
-      "schedule_free": "mechanic recovers its offset from the parameters, "
-      "which schedule_free moves by itself",
-    },
+    refuses={"schedule_free": _MOVES_PARAMETERS},
     cautions=dict.fromkeys(
       ("lars", "lamb"),
       "mechanic over a method that normalizes its updates (lars, lamb) is not "
@@ -381,11 +383,7 @@ register(
     ),
     "cocob": "cocob's updates are positions, and schedule_free adds them to "
     "another point",
-    **dict.fromkeys(
-      ("mechanic", "mechanize"),
-      "mechanic recovers its offset from the parameters, which schedule_free "
-      "moves by itself",
-    ),
+    **dict.fromkeys(("mechanic", "mechanize"), _MOVES_PARAMETERS),
   },
   eval_params={contrib.ScheduleFreeState: readers.schedule_free},
   summary="averages iterates instead of decaying the learning rate",

@@ -200,7 +200,7 @@ def _take_turns(
 
 @contextlib.contextmanager
 def _without_persistent_cache() -> Iterator[None]:
-  before = jax.config.jax_enable_compilation_cache
+  before = jax.config.values["jax_enable_compilation_cache"]
   jax.config.update("jax_enable_compilation_cache", False)
   compilation_cache.reset_cache()
   try:

@@ -49,11 +49,22 @@ def parameter_of(
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-  """Returns path -> leaf."""
-  return {
-    leaf_path(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  """Returns path -> leaf.
+
+  Raises:
+    UsageError: two leaves have one path, such as those of
+      {"a/b": x, "a": {"b": y}}.
+  """
+  leaves: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = leaf_path(path)
+    if name in leaves:
+      raise UsageError(
+        f"two arrays have the path {name!r}; a key with a slash in it is the "
+        "cause: rename that key"
+      )
+    leaves[name] = leaf
+  return leaves
 
 
 def matching(patterns: Sequence[str], params: optax.Params) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from flax_mechanic import Checkpointer, UsageError
-from flax_mechanic.checkpoints import lock
+from flax_mechanic.checkpoints import lock, record
 from train import inspect
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -142,6 +142,41 @@ def test_a_record_that_reads_well_but_is_not_what_was_saved(folder):
   assert saved in text
   path.write_text(text.replace(saved, saved.replace("2", "3")))
   assert outcome(folder) == "detected"
+
+
+@pytest.mark.parametrize("field", ["arrays", "step", "versions"])
+def test_a_record_without_a_field(folder, field):
+  path = folder / "2" / "record" / "metadata"
+  fields = dict(record.unseal(json.loads(path.read_text())))
+  del fields[field]
+  path.write_text(json.dumps(record.seal(fields)))
+  assert outcome(folder) == "detected"
+
+
+def test_a_step_under_another_number(folder):
+  target = jax.eval_shape(lambda: make_state(0))
+  shutil.copytree(folder / "1", folder / "5")
+  with Checkpointer(folder) as checkpointer:
+    with pytest.raises(UsageError, match=r"step 5 in .* was saved as step 1"):
+      checkpointer.verify(5)
+    restored = checkpointer.restore(target)
+  assert restored.step == 2
+  assert "was saved as step 1" in restored.damaged[0]
+
+
+def test_a_date_is_no_step(folder):
+  (folder / "20261124123000").mkdir()
+  assert outcome(folder) == "harmless"
+  assert (folder / "20261124123000").is_dir()
+
+
+def test_two_arrays_of_one_path(tmp_path):
+  state = {"a/b": jnp.zeros(1), "a": {"b": jnp.ones(1)}}
+  with (
+    Checkpointer(tmp_path) as checkpointer,
+    pytest.raises(UsageError, match="two arrays have the path 'a/b'"),
+  ):
+    checkpointer.save(1, state)
 
 
 def test_a_step_that_is_damaged_again(folder):

@@ -14,6 +14,7 @@ from flax import nnx
 
 from configs import digits, text
 from flax_mechanic import Checkpointer, UsageError, methods
+from flax_mechanic.checkpoints import record
 from tests import optimizers
 from train import job as job_lib
 from train import loop
@@ -264,6 +265,16 @@ def test_the_readme_lists_every_optimizer():
     ({"num_steps": 0}, r"config\.num_steps=0 must be at least 1"),
     ({"accumulate_steps": 0}, r"config\.accumulate_steps=0 must be at least 1"),
     ({"eval_every": -1}, r"config\.eval_every=-1 must be at least 1"),
+    ({"num_steps": 10**20}, r"config\.num_steps=1\d* must be .* below \d+"),
+    ({"seed": 10**23}, r"config\.seed=1\d* must be at least 0, and below"),
+    (
+      {"checkpoint_keep_every": -1},
+      "checkpoint_keep_every=-1 must be at least",
+    ),
+    (
+      {"checkpoint_best": "eval/los"},
+      "'eval/los' is the name of no .* eval/lo",
+    ),
     ({"optimizer": "mechanik"}, "did you mean 'mechanic'"),
     ({"schedule__name": "cosin"}, "config.schedule.name='cosin'"),
     ({"dtype": "float3"}, "config.dtype='float3'"),
@@ -275,6 +286,25 @@ def test_bad_values_end_before_anything_is_written(tmp_path, fields, words):
     loop.train(make_config(**fields), tmp_path)
   assert "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverged_does_not_end_well(tmp_path):
+  config = make_config(num_steps=10, optimizer="sgd", learning_rate=1e30)
+  with pytest.raises(UsageError, match="eval/loss is nan at step 10"):
+    loop.train(config, tmp_path)
+  assert (tmp_path / "checkpoints" / "10").is_dir()
+
+
+def test_a_resume_under_other_versions_says_so(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(record, "versions", lambda: {"jax": "0.1", "flax": "0.2"})
+  loop.train(make_config(num_steps=10), tmp_path)
+  monkeypatch.setattr(record, "versions", lambda: {"jax": "0.3", "flax": "0.2"})
+  capsys.readouterr()
+  loop.train(make_config(num_steps=20), tmp_path)
+  lines = capsys.readouterr().out.splitlines()
+  assert [line for line in lines if "was saved and is now" in line] == [
+    "jax was 0.1 when step 10 was saved and is now 0.3"
+  ]
 
 
 def test_another_optimizer_in_the_same_workdir_is_refused(tmp_path):

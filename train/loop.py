@@ -54,14 +54,13 @@ def train(
     The last evaluation, such as {"eval/loss": ..., "eval/accuracy": ...}.
 
   Raises:
-    UsageError: a value in the config is out of range, or the newest checkpoint
-      does not fit it.
+    UsageError: a value in the config is out of range, the newest checkpoint
+      does not fit it, or a loss is not finite at the end.
   """
-  for field in _AT_LEAST_ONE:
-    if config[field] < 1:
-      raise UsageError(f"config.{field}={config[field]} must be at least 1")
+  _check_ranges(config)
   workdir = Path(workdir)
   job = make_job(config)
+  _check_best(job, config.checkpoint_best)
   saved_config = config.to_json_best_effort(indent=2)
   processes.check_agreement(saved_config, workdir)
   with (
@@ -112,6 +111,7 @@ def train(
             metrics=_floats(metrics) | news,
           )
         if stopped and not last:
+          checkpointer.wait()
           progress.print(f"stopped at step {step}; the same command resumes")
           writer.close()
           return evaluation
@@ -124,7 +124,47 @@ def train(
         progress.print(report)
       progress.print(_summary(max(start, config.num_steps), evaluation))
   writer.close()
+  _check_finite(evaluation, config.num_steps)
   return evaluation
+
+
+def _check_ranges(config: ConfigDict) -> None:
+  """Raises a UsageError for a number out of its range."""
+  ranges = dict.fromkeys(_AT_LEAST_ONE, (1, 2**31)) | {
+    "checkpoint_keep_every": (0, 2**31),
+    "seed": (0, 2**32),
+  }
+  for field, (low, limit) in ranges.items():
+    if not low <= config[field] < limit:
+      raise UsageError(
+        f"config.{field}={config[field]} must be at least {low}, and below "
+        f"{limit}"
+      )
+
+
+def _check_best(job: Job, best: str) -> None:
+  """Raises a UsageError if no metric has the name by which to keep a step."""
+  if not best:
+    return
+  metrics = jax.eval_shape(job.train_step, job.target, job.train_batch(0))[1]
+  batch = next(iter(job.eval_batches()))
+  names = [*metrics, *jax.eval_shape(job.eval_step, job.target, batch)]
+  if best.removeprefix("-") not in names:
+    raise UsageError(
+      f"config.checkpoint_best={best!r} is the name of no metric; those of "
+      f"this job are {', '.join(names)}"
+    )
+
+
+def _check_finite(evaluation: Mapping[str, float], step: int) -> None:
+  """Raises a UsageError if a loss is NaN or infinite."""
+  for name, value in evaluation.items():
+    if not np.isfinite(value):
+      raise UsageError(
+        f"{name} is {value} at step {step}: the run has diverged; take "
+        "another --config.optimizer, or a smaller --config.learning_rate for "
+        "one that is tuned, and another --workdir"
+      )
 
 
 def _start(
@@ -144,6 +184,10 @@ def _start(
     f"config.{field} was {old!r} and is now {new!r}"
     for field, (old, new) in restored.changed.items()
     if not field.startswith(unused)
+  ]
+  notes += [
+    f"{name} was {old} when step {restored.step} was saved and is now {new}"
+    for name, (old, new) in restored.versions.items()
   ]
   return restored.step, restored.state, notes
 

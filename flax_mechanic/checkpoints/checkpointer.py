@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,9 @@ from flax_mechanic.checkpoints.renamed import saved_paths
 from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import by_path, leaf_path
 
+# Above every step; counts of updates are int32.
+_STEPS = 2**31
+
 
 class Restored(NamedTuple):
   """What `Checkpointer.restore` returns.
@@ -40,6 +43,8 @@ class Restored(NamedTuple):
     data: the position in the data, as it was saved.
     changed: config field -> (saved value, present value), where they differ.
     damaged: a sentence for each newer step that is damaged.
+    versions: library -> (version that saved, present version), where they
+      differ.
   """
 
   step: int
@@ -47,6 +52,7 @@ class Restored(NamedTuple):
   data: Mapping[str, Any]
   changed: Mapping[str, tuple[Any, Any]]
   damaged: Sequence[str] = ()
+  versions: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
 
 
 class Checkpointer:
@@ -108,10 +114,8 @@ class Checkpointer:
 
     Of several processes all have to call it; all get what the first one sees.
     """
-    latest = self._manager.latest_step()
-    found = multihost_utils.broadcast_one_to_all(
-      np.int32(-1 if latest is None else latest)
-    )
+    latest = max(self.steps(), default=-1)
+    found = multihost_utils.broadcast_one_to_all(np.int32(latest))
     return int(found) if found >= 0 else None
 
   def save(
@@ -134,7 +138,8 @@ class Checkpointer:
 
     Raises:
       ValueError: `step` is not above `latest()`.
-      UsageError: this save, or the one before it, cannot be written.
+      UsageError: this save, or the one before it, cannot be written, or two
+        arrays have one path, such as those of {"a/b": x, "a": {"b": y}}.
     """
     pure, numbers = _pure(state), dict(metrics or {})
     record = {
@@ -217,8 +222,12 @@ class Checkpointer:
     )
 
   def steps(self) -> list[int]:
-    """Returns all steps, intact or not, the oldest first."""
-    return sorted(self._manager.all_steps())
+    """Returns all steps, intact or not, the oldest first.
+
+    A folder whose name is a larger number than an int32 can hold, such as a
+    date and time, is no step.
+    """
+    return sorted(step for step in self._manager.all_steps() if step < _STEPS)
 
   def read(self, step: int) -> Mapping[str, Any]:
     """Returns what was saved of a step beside its arrays.
@@ -292,12 +301,22 @@ class Checkpointer:
     arrays = jax.tree_util.tree_map_with_path(
       lambda path, leaf: _cast(found[sources[leaf_path(path)]], leaf), pure
     )
-    return Restored(step, _like(target, arrays), record["data"], changed)
+    return Restored(
+      step,
+      _like(target, arrays),
+      record["data"],
+      changed,
+      versions=record_lib.differing(record["versions"], record_lib.versions()),
+    )
 
   def _read(self, step: int) -> Mapping[str, Any]:
     """Returns the record of a step."""
     self.wait()
-    return record_lib.read(*self._folder(step))
+    folder, name = self._folder(step)
+    record = record_lib.read(folder, name)
+    if record["step"] != step:
+      raise DamageError(f"{name} was saved as step {record['step']}")
+    return record
 
   def _arrays(self, step: int) -> SavedArrays:
     """Returns the arrays of a step."""

@@ -21,6 +21,8 @@ from flax_mechanic.checkpoints.renamed import saved_paths
 
 _LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
 
+_FIELDS = ("step", "config", "data", "metrics", "versions", "arrays")
+
 # Fields that change no shape: how long, how often, and the state's placement.
 _SHAPELESS = re.compile(
   r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"
@@ -38,7 +40,11 @@ def unseal(sealed: Mapping[str, Any]) -> Mapping[str, Any]:
   """Undoes `seal`; raises ValueError if it is not what was sealed."""
   if zlib.crc32(sealed["record"].encode()) != sealed["crc32"]:
     raise ValueError("its record is damaged")
-  return json.loads(sealed["record"])
+  record = json.loads(sealed["record"])
+  missing = [field for field in _FIELDS if field not in record]
+  if missing:
+    raise ValueError(f"its record has no {missing[0]!r}")
+  return record
 
 
 def read(step: Path, name: str) -> Mapping[str, Any]:
@@ -76,10 +82,17 @@ def changed(
 ) -> dict[str, tuple[Any, Any]]:
   """Returns config field -> (saved, present value), where they differ."""
   present = flat_config(config)
+  return differing(saved, present) if present else {}
+
+
+def differing(
+  saved: Mapping[str, Any], present: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Returns key -> (saved, present value), where they differ."""
   return {
-    field: (saved.get(field), present.get(field))
-    for field in sorted(saved.keys() | present.keys() if present else ())
-    if saved.get(field) != present.get(field)
+    key: (saved.get(key), present.get(key))
+    for key in sorted(saved.keys() | present.keys())
+    if saved.get(key) != present.get(key)
   }
 
 

@@ -112,8 +112,10 @@ def test_both_ways_to_sum_weigh_and_group_the_leaves(f, grouped):
 def test_a_long_sum_is_accurate():
   # A flat sum in float32 ends at 2^24.
   n = 3 * 2**24
-  part = lib._Part([(jnp.ones(n),) * 3], [1.0], Groups((0,), ()))
-  sums = jax.jit(lambda leaves: lib._sum_rows(part, PRODUCTS))(part.leaves)
+  part = lib._Part((), [1.0], Groups((0,), ()))
+  sums = jax.jit(
+    lambda leaves: lib._sum_rows(part._replace(leaves=leaves), PRODUCTS)
+  )([(jnp.ones(n),) * 3])
   np.testing.assert_allclose(sums, [n] * 4, rtol=1e-6)
 
 

@@ -1,21 +1,30 @@
 """The nnx.Optimizer integration."""
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.errors
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
-from flax.nnx import filterlib
+from flax.nnx import filterlib, graphlib
 from flax.nnx import optimizer as optimizer_lib
 from jax.sharding import NamedSharding
 
 from flax_mechanic import step
+from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import readers, stack
 from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.paths import parameter_of
 from flax_mechanic.placement import Shardings, is_traced, on_device
+
+
+# Of the split and merge that carry a loss's effects to the caller's objects.
+_TAG = "flax_mechanic.minimize"
 
 
 class Optimizer(nnx.Optimizer):
@@ -49,6 +58,7 @@ class Optimizer(nnx.Optimizer):
     shard_over: Sequence[str] = (),
     offload: bool = False,
     shardings: Shardings | None = None,
+    graph: bool | None = None,
   ):
     """Creates the state of `tx` for the parameters of `model`.
 
@@ -63,10 +73,12 @@ class Optimizer(nnx.Optimizer):
         pinned host memory. An update brings them to the devices and back.
       shardings: of the parameters. To be given where they are traced on an Auto
         mesh and not annotated, and so do not say.
+      graph: as in `nnx.Optimizer`, whether the model may share variables. None
+        is flax's setting.
     """
-    super().__init__(model, optax.identity(), wrt=wrt)
+    super().__init__(model, optax.identity(), wrt=wrt, graph=graph)
     self.tx = tx
-    params = nnx.state(model, wrt)
+    params = nnx.state(model, wrt, graph=graph)
     self.shardings = nnx.static(shardings or _shardings(params))
     self.state_shardings = nnx.static(
       self.shardings.for_state(shard_over, offload)
@@ -90,8 +102,8 @@ class Optimizer(nnx.Optimizer):
     Returns:
       The updates.
     """
-    params = nnx.as_pure(nnx.state(model, self.wrt))
-    grads = nnx.as_pure(nnx.state(grads, self.wrt))
+    params = self._params(model)
+    grads = self._params(grads)
     updates, opt_state = self.tx.update(
       grads,
       self._state(),
@@ -110,18 +122,40 @@ class Optimizer(nnx.Optimizer):
     loss_fn: Callable[..., Any],
     *args: Any,
     has_aux: bool = False,
+    argnums: int = 0,
+    **kwargs: Any,
   ) -> Any:
-    """Does one step of any method on `loss_fn(model, *args)`.
+    """Does one step of any method on `loss_fn(model, *args, **kwargs)`.
+
+    The loss may do what it may do under `nnx.value_and_grad`: advance `Rngs`,
+    update metrics and other modules among its arguments, which may share
+    variables with the model, and sow intermediates. Model and arguments change
+    in place. Two things differ:
+
+    - Structural changes, such as what the loss sows, are kept in flax's tree
+      mode as well, and variables may be shared there.
+    - What the loss itself assigns to the variables of `wrt` is dropped.
+
+    A method that evaluates the loss again (sam) starts each evaluation from the
+    same state, random streams included, and keeps the effects of the first.
+
+    A method that wants a gradient per example (dpsgd) evaluates the loss on
+    batches of one, each from the same state but with random keys of its own.
+    The changes of metrics' states add up over the examples. All other effects,
+    such as the counts of random streams and what is sown, are those of the
+    first example.
 
     Args:
-      model: the model, updated in place: parameters by the optimizer; batch
-        statistics, random streams and other state by the loss. Variables that
-        the loss adds to the model (`sow`) are dropped.
+      model: the model, or a pytree of models. The optimizer updates its
+        variables of `wrt`, the loss the others.
       loss_fn: returns a scalar loss, or `(loss, aux)` with `has_aux`.
-      *args: the further arguments of `loss_fn`. For a method that wants a
-        gradient per example (dpsgd), every array's leading axis is the batch,
-        and `loss_fn` sees batches of one.
+      *args: the further arguments of `loss_fn`: arrays, NNX objects, pytrees of
+        both. For a method that wants a gradient per example, the leading axis
+        of every array outside NNX objects is the batch.
       has_aux: whether `loss_fn` returns auxiliary output.
+      argnums: the position of the model among the positional arguments of
+        `loss_fn`. The optimizer's `wrt` says what is differentiated in it.
+      **kwargs: keyword arguments of `loss_fn`, like `args`.
 
     Returns:
       What `nnx.value_and_grad` returns first, evaluated before the step: the
@@ -129,37 +163,63 @@ class Optimizer(nnx.Optimizer):
       batch of the loss and of aux's scalars.
 
     Raises:
-      UsageError: the method wants a gradient per example, and the model keeps
-        batch statistics.
+      UsageError: the loss changes an NNX object that is none of its arguments,
+        or is a module's bound method. Or the method wants a gradient per
+        example, and the model keeps batch statistics or the loss updates
+        `nnx.metrics.Welford`.
     """
-    graphdef, params, rest = nnx.split(model, self.wrt, ...)
-    if "per_example" in stack.needs(self.tx) and nnx.filter_state(
-      rest, nnx.BatchStat
-    ):
-      step.refuse_batch_statistics()
+    if isinstance(getattr(loss_fn, "__self__", None), nnx.Pytree):
+      raise UsageError(
+        "the loss is a bound method, whose object minimize does not see; make "
+        "it a function that takes the object as an argument"
+      )
+    nodes, others = _without_nodes((args, kwargs))
+    params = self._params(model)
+    optimized = {(0, *path) for path, _ in nnx.to_flat_state(params)}
+    is_optimized = lambda path, _: path in optimized
+    per_example = "per_example" in stack.needs(self.tx)
 
-    kept = {path for path, _ in nnx.to_flat_state(rest)}
-
-    def pure_loss(params, rest, *args):
-      model = nnx.merge(graphdef, params, rest)
-      output = loss_fn(model, *args)
+    def pure_loss(params, rest, args, kwargs):
+      with nnx.merge_context(_TAG, inner=True) as ctx:
+        merged, nodes = ctx.merge(graphdef, nnx.State({0: params}), rest)
+      args, kwargs = _with_nodes((args, kwargs), nodes)
+      output = loss_fn(*args[:argnums], merged, *args[argnums:], **kwargs)
       loss, aux = output if has_aux else (output, None)
-      rest = nnx.state(model, lambda path, _: path in kept)
-      return loss, (aux, nnx.as_pure(rest))
+      aux_nodes, aux = _without_nodes(aux)
+      with nnx.split_context(_TAG) as ctx:
+        graphdef_out, _, rest_out = ctx.split(
+          (merged, nodes, aux_nodes), is_optimized, ...
+        )
+      return loss, (aux, (graphdef_out, rest_out))
 
-    params = nnx.as_pure(params)
-    (loss, aux), updates, opt_state, rest = step.minimize(
-      self.tx,
-      pure_loss,
-      params,
-      self._state(),
-      nnx.as_pure(rest),
-      args,
-      self.state_shardings,
-    )
-    nnx.update(model, rest)
+    try:
+      with nnx.update_context(_TAG):
+        with nnx.split_context(_TAG) as ctx:
+          graphdef, _, rest = ctx.split((model, nodes), is_optimized, ...)
+        if per_example:
+          _check_per_example(model, nodes)
+        (loss, aux), updates, opt_state, effects = step.minimize(
+          self.tx,
+          pure_loss,
+          params,
+          self._state(),
+          rest,
+          others,
+          self.state_shardings,
+          merge_effects=functools.partial(_merge_effects, rest),
+        )
+        graphdef_out, rest_out = effects
+        with nnx.merge_context(_TAG, inner=False) as ctx:
+          _, _, aux_nodes = ctx.merge(
+            graphdef_out, nnx.State({0: params}), rest_out
+          )
+    except flax.errors.TraceContextError as error:
+      raise UsageError(
+        "the loss changes an NNX object that it reaches by closure; pass the "
+        f"object to minimize as an argument of the loss ({error})"
+      ) from error
     self._write(model, params, updates, opt_state)
-    return (loss, aux) if has_aux else loss
+    return (loss, _with_nodes(aux, aux_nodes)) if has_aux else loss
 
   def eval_model(self, model: nnx.Module) -> nnx.Module:
     """Returns the model to evaluate and export.
@@ -171,7 +231,7 @@ class Optimizer(nnx.Optimizer):
       A model with the parameters that the method evaluates (schedule_free's
       average, DoG's averaged iterates), or `model` itself.
     """
-    params = nnx.as_pure(nnx.state(model, self.wrt))
+    params = self._params(model)
     evaluated = readers.eval_params(self._state(), params)
     if evaluated is params:
       return model
@@ -189,7 +249,7 @@ class Optimizer(nnx.Optimizer):
     Args:
       model: the model whose parameters are optimized.
     """
-    params = nnx.as_pure(nnx.state(model, self.wrt))
+    params = self._params(model)
     opt_state = self.state_shardings.init(self.tx, params)
     self._write_state(opt_state)
 
@@ -222,7 +282,7 @@ class Optimizer(nnx.Optimizer):
 
     def init(params):
       nnx.update(model, params)
-      optimized = nnx.as_pure(nnx.state(model, self.wrt))
+      optimized = self._params(model)
       return self.state_shardings.init(self.tx, optimized)
 
     adopted = adoption.adopt(
@@ -233,6 +293,9 @@ class Optimizer(nnx.Optimizer):
     )
     self._write_state(adopted.opt_state)
     return adopted.notes
+
+  def _params(self, model: Any) -> optax.Params:
+    return nnx.as_pure(nnx.state(model, self.wrt, graph=self.graph))
 
   def _state(self) -> optax.OptState:
     return on_device(nnx.as_pure(self.opt_state))
@@ -259,6 +322,77 @@ class Optimizer(nnx.Optimizer):
       variables, treedef.flatten_up_to(opt_state), strict=True
     ):
       variable.set_value(value)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Node:
+  """Stands for an NNX object in a pytree; has no leaves."""
+
+  index: int
+
+
+def _without_nodes(tree: Any) -> tuple[list[Any], Any]:
+  """Returns the NNX objects in a pytree, and it with a `_Node` for each."""
+  nodes = []
+
+  def take(leaf):
+    if not graphlib.is_graph_node(leaf):
+      return leaf
+    nodes.append(leaf)
+    return _Node(len(nodes) - 1)
+
+  tree = jax.tree.map(take, tree, is_leaf=graphlib.is_graph_node)
+  return nodes, tree
+
+
+def _with_nodes(tree: Any, nodes: Sequence[Any]) -> Any:
+  """Undoes `_without_nodes`."""
+  is_node = lambda leaf: isinstance(leaf, _Node)
+  return jax.tree.map(
+    lambda leaf: nodes[leaf.index] if is_node(leaf) else leaf,
+    tree,
+    is_leaf=is_node,
+  )
+
+
+def _check_per_example(model: nnx.Module, nodes: Sequence[Any]) -> None:
+  """Raises for what has no gradient, or no effect, of one example."""
+  if jax.tree.leaves(nnx.state(model, nnx.BatchStat)):
+    step.refuse_batch_statistics()
+  for _, node in nnx.iter_graph((model, nodes)):
+    if isinstance(node, nnx.metrics.Welford):
+      raise UsageError(
+        "a gradient per example does not go with an nnx.metrics.Welford that "
+        "the loss takes; return its values in aux, and update it after minimize"
+      )
+
+
+def _merge_effects(before: nnx.State, effects: Any) -> Any:
+  """Returns the effects that are kept of those on each example.
+
+  Args:
+    before: the state from which each example started.
+    effects: a graphdef and the state after, whose arrays have a leading axis,
+      the examples.
+  """
+  graphdef, after = effects
+  known = dict(nnx.to_flat_state(before))
+
+  def merge(path, variable):
+    old = known.get(path)
+    if isinstance(old, nnx.RngKey):
+      return old
+    if isinstance(old, nnx.metrics.MetricState):
+      return jax.tree.map(
+        lambda new, old: old + jnp.sum(new - old, axis=0, dtype=old.dtype),
+        variable,
+        old,
+      )
+    return jax.tree.map(lambda new: new[0], variable)
+
+  merged = [(path, merge(path, v)) for path, v in nnx.to_flat_state(after)]
+  return graphdef, nnx.from_flat_state(merged)
 
 
 def _init(

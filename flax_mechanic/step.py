@@ -12,7 +12,7 @@ from flax_mechanic.methods import stack
 from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.placement import Shardings
 
-# (params, carried, *args) -> (loss, (aux, carried))
+# (params, carried, *args) -> (loss, (aux, effects))
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
 
 
@@ -24,35 +24,38 @@ def minimize(
   carried: Any,
   args: tuple[Any, ...],
   shardings: Shardings,
+  merge_effects: Callable[[Any], Any] = lambda effects: effects,
 ) -> tuple[tuple[jax.Array, Any], optax.Updates, optax.OptState, Any]:
   """Does one step on a pure loss function.
 
   Args:
     tx: the transformation; what it needs beside the gradient is found out.
-    loss_fn: `loss_fn(params, carried, *args)` returns `(loss, (aux, carried))`.
+    loss_fn: `loss_fn(params, carried, *args)` returns `(loss, (aux, effects))`.
     params: what is differentiated. For a complex leaf the gradient is the
       conjugate of `jax.grad`'s, the direction of steepest ascent.
     opt_state: the state of `tx`.
     carried: state that the loss changes, such as batch statistics and random
       streams. A method that evaluates the loss again (sam) starts each time
-      from this one, and the first evaluation's outcome is kept.
+      from this one, and the first evaluation's effects are kept.
     args: the rest. For a method that wants a gradient per example, the leading
       axis of every array is the batch; scalars and random keys are shared, and
       each example folds its index into the keys.
     shardings: of the parameters, as far as they are known.
+    merge_effects: per example, makes one of the effects, whose arrays have a
+      leading axis, the examples.
 
   Returns:
-    `(loss, aux)`, the updates, the new state of `tx`, the new `carried`. Per
-    example the loss and the scalars of aux are means over the batch, and the
+    `(loss, aux)`, the updates, the new state of `tx`, the effects. Per example the loss and the scalars of aux are means over the batch, and the
     arrays of aux are concatenated.
   """
   evaluate = jax.value_and_grad(loss_fn, has_aux=True)
   if "per_example" in stack.needs(tx):
-    (loss, (aux, new_carried)), grads = _per_example(
+    (loss, (aux, effects)), grads = _per_example(
       evaluate, params, carried, args
     )
+    effects = merge_effects(effects)
   else:
-    (loss, (aux, new_carried)), grads = evaluate(params, carried, *args)
+    (loss, (aux, effects)), grads = evaluate(params, carried, *args)
   conjugate = lambda grads: jax.tree.map(jnp.conj, grads)
 
   def grad_fn(params: optax.Params, _: int = 0) -> optax.Updates:
@@ -62,11 +65,14 @@ def minimize(
     tx, {"value": loss, "grad_fn": grad_fn, **shardings.extra_args()}
   )
   updates, opt_state = tx.update(conjugate(grads), opt_state, params, **extra)
-  return (loss, aux), updates, opt_state, new_carried
+  return (loss, aux), updates, opt_state, effects
 
 
 def _per_example(evaluate, params, carried, args):
-  """Like `evaluate`, but each gradient has a leading axis, the examples."""
+  """Like `evaluate`, with a leading axis, the examples, of each gradient.
+
+  So have the effects.
+  """
   leaves, treedef = jax.tree.flatten(args)
   batched = [_is_batched(leaf) for leaf in leaves]
   sizes = {len(leaf) for leaf, b in zip(leaves, batched, strict=True) if b}
@@ -83,25 +89,17 @@ def _per_example(evaluate, params, carried, args):
       next(examples)[None] if b else _fold_in(leaf, index)
       for leaf, b in zip(leaves, batched, strict=True)
     ]
-    (loss, (aux, new_carried)), grads = evaluate(
+    (loss, (aux, effects)), grads = evaluate(
       params,
       jax.tree.map(lambda leaf: _fold_in(leaf, index), carried),
       *jax.tree.unflatten(treedef, mine),
     )
-    return loss, aux, new_carried, grads
+    return loss, aux, effects, grads
 
   _check_independent(one, leaves, batched)
   examples = [leaf for leaf, b in zip(leaves, batched, strict=True) if b]
-  losses, aux, new_carried, grads = jax.vmap(one)(
-    jnp.arange(sizes.pop()), examples
-  )
-  new_carried = jax.tree.map(
-    lambda old, new: old if _is_key(old) else new[0], carried, new_carried
-  )
-  return (
-    (jnp.mean(losses), (jax.tree.map(_merge, aux), new_carried)),
-    grads,
-  )
+  losses, aux, effects, grads = jax.vmap(one)(jnp.arange(sizes.pop()), examples)
+  return (jnp.mean(losses), (jax.tree.map(_merge, aux), effects)), grads
 
 
 def _merge(aux: jax.Array) -> jax.Array:

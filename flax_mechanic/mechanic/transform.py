@@ -326,7 +326,8 @@ class _Mechanic:
     S = state.scale
     inverse = groups.spread(1 / (S + self.tuner.eps), params)
     S = groups.spread(S, params)
-    return _map(of_leaf, params, x0, state.delta, S, inverse)
+    delta = offset.boxed(state.delta, params)
+    return _map(of_leaf, params, x0, delta, S, inverse)
 
   def _h(
     self, sums: Sequence[jax.Array], state: MechanicState

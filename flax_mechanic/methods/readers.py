@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ def scalars(opt_state: Any) -> Scalars:
   """Returns what the optimizer has learned, out of any nesting of states.
 
   Args:
-    opt_state: an optax state, or the `opt_state` of an `nnx.Optimizer`.
+    opt_state: an optax state, the `opt_state` of an `nnx.Optimizer`, or its
+      part of `nnx.state(optimizer)`.
 
   Returns:
     Name -> scalar: each method's own, such as "mechanic/scale", and
@@ -90,6 +91,8 @@ def _find(
   for row in registry.methods().values():
     readers |= getattr(row, field)
   types = tuple(readers)
+  if isinstance(opt_state, Mapping):
+    opt_state = _typed(opt_state, types)
   is_read = lambda node: isinstance(node, types)
 
   def walk(tree: Any) -> Iterator[tuple[Reader, Any]]:
@@ -98,6 +101,35 @@ def _find(
       yield from walk(tuple(node))
 
   return walk(opt_state)
+
+
+def _typed(tree: Any, types: Sequence[Any]) -> Any:
+  """Returns a tree with mappings made the states that they were.
+
+  `nnx.state` makes a mapping of every NamedTuple, and leaves out those fields
+  that hold no array.
+
+  Args:
+    tree: mappings and arrays.
+    types: NamedTuples.
+  """
+  if not isinstance(tree, Mapping):
+    return tree
+  fields = {name: _typed(child, types) for name, child in tree.items()}
+  best = None
+  for type_ in types:
+    absent = set(type_._fields) - set(fields)
+    if set(fields) <= set(type_._fields) and absent <= _may_be_empty(type_):
+      if best is None or len(absent) < len(best[1]):
+        best = type_, absent
+  return best[0](**fields, **dict.fromkeys(best[1])) if best else fields
+
+
+def _may_be_empty(type_: Any) -> set[str]:
+  """Returns the fields of a state that may hold no array: those of trees."""
+  hints = getattr(type_, "__annotations__", {})
+  trees = (optax.OptState, dict[str, Any])
+  return {name for name, hint in hints.items() if hint in trees}
 
 
 def injected_learning_rate(state: InjectStatefulHyperparamsState) -> Scalars:

@@ -22,7 +22,6 @@ from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.paths import parameter_of
 from flax_mechanic.placement import Shardings, is_traced, on_device
 
-
 # Of the split and merge that carry a loss's effects to the caller's objects.
 _TAG = "flax_mechanic.minimize"
 

@@ -41,12 +41,13 @@ def minimize(
       axis of every array is the batch; scalars and random keys are shared, and
       each example folds its index into the keys.
     shardings: of the parameters, as far as they are known.
-    merge_effects: per example, makes one of the effects, whose arrays have a
-      leading axis, the examples.
+    merge_effects: per example, combines the effects, whose arrays have the
+      examples as their leading axis, into those that are kept.
 
   Returns:
-    `(loss, aux)`, the updates, the new state of `tx`, the effects. Per example the loss and the scalars of aux are means over the batch, and the
-    arrays of aux are concatenated.
+    `(loss, aux)`, the updates, the new state of `tx`, the effects. Per example
+    the loss and the scalars of aux are means over the batch, the arrays of aux
+    are concatenated, and random keys are stacked.
   """
   evaluate = jax.value_and_grad(loss_fn, has_aux=True)
   if "per_example" in stack.needs(tx):
@@ -69,10 +70,7 @@ def minimize(
 
 
 def _per_example(evaluate, params, carried, args):
-  """Like `evaluate`, with a leading axis, the examples, of each gradient.
-
-  So have the effects.
-  """
+  """Like `evaluate`; gradients and effects have a leading axis, the examples."""
   leaves, treedef = jax.tree.flatten(args)
   batched = [_is_batched(leaf) for leaf in leaves]
   sizes = {len(leaf) for leaf, b in zip(leaves, batched, strict=True) if b}
@@ -105,7 +103,7 @@ def _per_example(evaluate, params, carried, args):
 def _merge(aux: jax.Array) -> jax.Array:
   """Merges an output of shape [batch, ...], of one example each."""
   if aux.ndim == 1:
-    return jnp.mean(aux)
+    return aux if _is_key(aux) else jnp.mean(aux)
   return aux.reshape(-1, *aux.shape[2:]) if aux.shape[1] == 1 else aux
 
 

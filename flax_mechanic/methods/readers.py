@@ -116,13 +116,16 @@ def _typed(tree: Any, types: Sequence[Any]) -> Any:
   if not isinstance(tree, Mapping):
     return tree
   fields = {name: _typed(child, types) for name, child in tree.items()}
-  best = None
-  for type_ in types:
-    absent = set(type_._fields) - set(fields)
-    if set(fields) <= set(type_._fields) and absent <= _may_be_empty(type_):
-      if best is None or len(absent) < len(best[1]):
-        best = type_, absent
-  return best[0](**fields, **dict.fromkeys(best[1])) if best else fields
+  absent = {
+    type_: set(type_._fields) - set(fields)
+    for type_ in types
+    if set(fields) <= set(type_._fields)
+  }
+  fits = [type_ for type_ in absent if absent[type_] <= _may_be_empty(type_)]
+  if not fits:
+    return fields
+  best = min(fits, key=lambda type_: len(absent[type_]))
+  return best(**fields, **dict.fromkeys(absent[best]))
 
 
 def _may_be_empty(type_: Any) -> set[str]:

@@ -17,7 +17,7 @@ from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.placement import Shardings, is_traced, on_device
 
 
-class TrainState(train_state.TrainState):
+class TrainState(train_state.TrainState, kw_only=True):
   """A flax `TrainState` that does a whole step of any registered method.
 
   Attributes:

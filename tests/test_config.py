@@ -240,6 +240,44 @@ def test_old_flags_that_mean_nothing_are_named(old_flags, words):
   assert "\n" not in str(error.value)
 
 
+def with_own(own):
+  """Configs of three kinds, of jobs whose own optimizer is `own`."""
+  by_field = ConfigDict({"optimizer": own, "learning_rate": 0.01})
+  by_name = ConfigDict({"learning_rate": 0.01})
+  job = dataclasses.make_dataclass(
+    "Job", [("optimizer", str, own), ("learning_rate", float, 0.01)]
+  )
+  return [
+    flax_mechanic.add_optimizer_config(by_field),
+    flax_mechanic.add_optimizer_config(by_name, own),
+    job(),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("own", "wrapper", "base"),
+  [
+    ("sgd", "schedule_free", "sgd"),
+    ("lion", "schedule_free", "lion"),
+    ("lion", "sam", "lion"),
+    ("lars", "schedule_free", "adamw"),  # Refused there.
+    ("prodigy", "schedule_free", "adamw"),  # Learns its rate.
+    ("schedule_free", "sam", "sgd"),  # Has a base itself.
+    ("dpsgd", "split_real_and_imaginary", "adamw"),
+    ("sgd", "mechanic", "adamw"),  # Reads no rate.
+  ],
+)
+def test_a_wrapper_s_base_is_the_job_s_own_optimizer(own, wrapper, base):
+  reference = make_config(optimizer=wrapper, **{f"opt__{wrapper}__base": base})
+  expected = flax_mechanic.make_optimizer(reference).init(network.params())
+  for config in with_own(own):
+    config.optimizer = wrapper
+    state = flax_mechanic.make_optimizer(config).init(network.params())
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    if isinstance(config, ConfigDict):
+      assert config.opt[wrapper].base == base
+
+
 @dataclasses.dataclass(slots=True)
 class Config:
   optimizer: str = "adamw"
@@ -289,6 +327,80 @@ def test_a_dataclass_needs_but_the_optimizer():
   assert flax_mechanic.own_schedule(alone("dog")) == "constant"
 
 
+@dataclasses.dataclass
+class Job:
+  optimizer: str = "adamw"
+  lr: float = 0.02
+  wd: float = 0.2
+  clip: float = 1.0
+  b1: float = 0.8
+  opt: Any = dataclasses.field(
+    default_factory=lambda: flax_mechanic.add_optimizer_config(ConfigDict()).opt
+  )
+
+
+@pytest.mark.parametrize("opt", [None, {}, "all"])
+def test_old_flags_of_a_dataclass_go_on_acting(opt):
+  config = Job() if opt == "all" else Job(opt=opt)
+  make = lambda: flax_mechanic.make_optimizer(
+    config,
+    old_flags={
+      "lr": "learning_rate",
+      "wd": "weight_decay",
+      "clip": "grad_clip",
+      "b1": "b1",
+    },
+  )
+  theirs = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(0.02, 0.8, weight_decay=0.2)
+  )
+  ours, expected = (network.train(tx, 10)[2] for tx in (make(), theirs))
+  np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+  # Mechanic's is another thing.
+  config.optimizer = "mechanic"
+  reference = make_config(
+    optimizer="mechanic",
+    grad_clip=1.0,
+    opt__adamw__weight_decay=0.2,
+    opt__adamw__b1=0.8,
+  )
+  both = make(), flax_mechanic.make_optimizer(reference)
+  ours, expected = (network.train(tx, 5)[2] for tx in both)
+  np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+  ("old_flags", "words"),
+  [
+    (["wdd"], "'wdd', which config does not have; did you mean 'wd'"),
+    (["lr"], "'lr', which no optimizer tuned by hand has"),
+    ({"wd": "grad_clipp"}, "'grad_clipp', which no optimizer tuned"),
+  ],
+)
+def test_old_flags_of_a_dataclass_that_mean_nothing_are_named(old_flags, words):
+  with pytest.raises(UsageError, match=words):
+    flax_mechanic.make_optimizer(Job(), old_flags=old_flags)
+
+
+def test_a_dataclass_s_options_are_flags():
+  parser = absl.flags.FlagValues()
+  arguments = ["", "--config.opt.mechanic.base=lion", "--config.opt.lion.b1=.7"]
+  config_flags.DEFINE_config_dataclass(
+    "config", Job("mechanic"), flag_values=parser, sys_argv=arguments
+  )
+  parser(arguments)
+  ours = flax_mechanic.make_optimizer(parser.config)
+  theirs = flax_mechanic.make_optimizer(
+    make_config(
+      optimizer="mechanic", opt__mechanic__base="lion", opt__lion__b1=0.7
+    )
+  )
+  np.testing.assert_array_equal(
+    network.train(ours, 3)[2], network.train(theirs, 3)[2]
+  )
+
+
 @pytest.mark.parametrize(
   ("config", "words"),
   [
@@ -321,16 +433,98 @@ def test_bad_dataclasses_are_one_sentence(config, words):
   assert "\n" not in str(error.value)
 
 
-def test_a_schedule_with_the_learning_rate_in_it_says_its_peak():
-  halfway = lambda count: 0.005
-  for name, rate in (("adamw", 0.01), ("prodigy", 1e-6)):
+@pytest.mark.parametrize("peak", [0.01, 0.16, 1.0, 0.1 * 32 / 256])
+def test_an_unflipped_run_is_the_untouched_one_whatever_the_peak(peak):
+  shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 3, 10)
+  theirs = lambda count: peak * shape(count)
+  for name, tx in {
+    "sgd": optax.sgd(theirs, momentum=0.9),
+    "adamw": optax.adamw(theirs),
+  }.items():
     config = make_config(optimizer=name)
-    tx = flax_mechanic.make_optimizer(config, halfway, peak=0.01)
-    found = flax_mechanic.scalars(tx.init(network.params()))
-    np.testing.assert_allclose(found["learning_rate/effective"], rate / 2)
+    ours = flax_mechanic.make_optimizer(config, theirs, peak=peak)
+    for mine, other in zip(
+      *(network.train(tx, 10)[::2] for tx in (ours, tx)), strict=True
+    ):
+      jax.tree.map(np.testing.assert_array_equal, mine, other)
+
+  # What learns its rate sees a peak of its own, 1.0 by default.
+  for name, rate in (("prodigy", 1.0), ("mechanic", 1.0), ("momo", 0.5)):
+    options = {"opt__momo__learning_rate": 0.5}
+    config = make_config(optimizer=name, **options)
+    tx = flax_mechanic.make_optimizer(config, theirs, peak=peak)
+    _, state, _ = network.train(with_value(tx), 4)
+    seen = optax.tree.get(state, "learning_rate", filtering=in_hyperparams)
+    assert seen == rate, name
+
+
+def with_value(tx):
+  return optax.GradientTransformation(
+    tx.init, lambda *args: tx.update(*args, value=jnp.float32(1.0))
+  )
+
+
+def in_hyperparams(path, value):
+  return "hyperparams[" in jax.tree_util.keystr(path)
+
+
+def test_a_peak_replaces_the_learning_rate_of_the_config():
+  config = flax_mechanic.add_optimizer_config(ConfigDict(), "sgd")
+  half = lambda count: 0.005
+  tx = flax_mechanic.make_optimizer(config, half, peak=0.01)
+  found = flax_mechanic.scalars(tx.init(network.params()))
+  np.testing.assert_allclose(found["learning_rate/effective"], 0.005)
   for peak in (0.0, float("inf")):
     with pytest.raises(UsageError, match=f"peak={peak} must be"):
-      flax_mechanic.make_optimizer(config, halfway, peak=peak)
+      flax_mechanic.make_optimizer(config, half, peak=peak)
+
+
+@pytest.mark.parametrize(
+  ("fields", "reference"),
+  [
+    ({"optimizer": "adamw"}, optax.adamw),
+    ({"optimizer": "adamw", "grad_clip": 1.0}, optax.adamw),
+    (
+      {"optimizer": "mechanize"},
+      lambda lr: optax.contrib.mechanize(optax.adamw(lr)),
+    ),
+  ],
+)
+def test_a_constant_learning_rate_is_read_and_set_in_the_state(
+  fields, reference
+):
+  config = make_config(**fields)
+  before = config.learning_rate if fields["optimizer"] == "adamw" else 1.0
+  tx = flax_mechanic.make_optimizer(config)
+  step, x = network.make_step(tx), network.params()
+  state = tx.init(x)
+  assert optax.tree.get(state, "learning_rate") == np.float32(before)
+  x, state, _ = step(x, state, *network.batch(0))
+  state = optax.tree.set(state, learning_rate=jnp.float32(before / 4))
+  x, state, _ = step(x, state, *network.batch(1))
+  assert optax.tree.get(state, "learning_rate") == np.float32(before / 4)
+
+  rates = lambda count: jnp.where(count == 0, before, before / 4)
+  theirs = reference(rates)
+  if "grad_clip" in fields:
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), theirs)
+  expected = network.train(theirs, 2)[0]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+    x,
+    expected,
+  )
+
+
+@pytest.mark.parametrize("name", ["adamw", "mechanic", "schedule_free"])
+def test_a_scheduled_learning_rate_is_read_in_the_state(name):
+  shape = optax.linear_schedule(1.0, 0.0, 4)
+  config = make_config(optimizer=name, accumulate_steps=2)
+  _, state, _ = network.train(flax_mechanic.make_optimizer(config, shape), 4)
+  is_array = lambda path, value: isinstance(value, jax.Array)
+  rate = optax.tree.get(state, "learning_rate", filtering=is_array)
+  expected = 0.75 if name == "mechanic" else 0.0075
+  np.testing.assert_allclose(rate, expected, rtol=1e-6)
 
 
 def test_register_adds_a_transformation_to_the_flag():

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import optax
@@ -20,6 +21,9 @@ _DEFAULTS = {
   "freeze": (),
   "no_decay": (),
 }
+
+# The new names of old flags that are no option of a method.
+_FOR_ALL = ("learning_rate", *_DEFAULTS)
 
 # What a value may be where the default is of this type.
 _ACCEPTED = {
@@ -47,8 +51,10 @@ def add_optimizer_config(
   Args:
     config: a config. Optimizers that are tuned by hand read its
       `learning_rate`, if it has one.
-    optimizer: the default; by default `config.optimizer` if the job has that
-      field, else "adamw".
+    optimizer: the job's own, which is the default of `config.optimizer`; by
+      default that field if the job has it, else "adamw". If it is named, it is
+      the default base of the wrappers that are tuned by hand and can have it
+      (schedule_free, sam), since they use its learning rate.
     old_flags: the job's fields that keep their effect, such as
       `["weight_decay", "b2"]`, or old name -> new name, such as `{"lr":
       "learning_rate", "wd": "weight_decay"}`. A new name is `learning_rate`,
@@ -78,19 +84,28 @@ def add_optimizer_config(
       "the name of an optimizer goes; rename it before calling "
       "add_optimizer_config"
     )
-  optimizer = optimizer or present or "adamw"
+  own = optimizer or present
+  optimizer = own or "adamw"
   registry.get(optimizer, "config.optimizer")
   fields: dict[str, Any] = {
     "opt": {
-      name: {option: _field(value) for option, value in row.options.items()}
+      name: {
+        option: _field(value)
+        for option, value in stack.defaults(row, own).items()
+      }
       for name, row in registry.methods().items()
     },
     **_DEFAULTS,
   }
-  if not isinstance(old_flags, Mapping):
-    old_flags = {name: name for name in old_flags}
-  for old, new in old_flags.items():
-    _read_old_flag(config, old, new, fields)
+  for old, new in _renaming(old_flags).items():
+    _check_old_flag(old, old in config, new, config)
+    if new not in _FOR_ALL:
+      for row in _rows_with(new):
+        fields["opt"][row.name][new] = config.get_oneway_ref(old)
+    elif new == old:
+      fields.pop(new, None)
+    else:
+      fields[new] = config.get_oneway_ref(old)
   for field in fields:
     if field in config:
       meant = f', or say old_flags=["{field}"] if it is what is meant'
@@ -107,7 +122,8 @@ def make_optimizer(
   config: Any,
   schedule: optax.Schedule | None = None,
   *,
-  peak: float = 1.0,
+  peak: float | None = None,
+  old_flags: Sequence[str] | Mapping[str, str] = (),
 ) -> optax.GradientTransformation:
   """Returns the optax transformation that the config names.
 
@@ -116,20 +132,28 @@ def make_optimizer(
       such as a dataclass, with a field `optimizer`. Its other fields are
       optional: `learning_rate`, `grad_clip`, `accumulate_steps`, `freeze`,
       `no_decay`, and `opt`, a dict or a dataclass, name -> option -> value. A
-      field that is missing or None has its default.
-    schedule: update count -> learning rate; None is constant. Optimizers tuned
-      by hand use `config.learning_rate` times its shape. Learning-rate-free
-      ones use its shape and do not read that field.
-    peak: the largest value of `schedule`, whose shape is `schedule / peak`: 1.0
-      for a schedule made for this function, `config.learning_rate` for one that
-      the job made for its old optimizer.
+      field that is missing or None has its default. The default of a
+      dataclass's field `optimizer` is the job's own, as in
+      `add_optimizer_config`.
+    schedule: update count -> learning rate; None is constant. Without `peak`
+      its peak is 1.0: optimizers tuned by hand use `config.learning_rate` times
+      the schedule, and learning-rate-free ones, which do not read that field,
+      the schedule. Without a schedule, the rate is `hyperparams` in the state,
+      which `optax.tree.set` can change.
+    peak: the largest value of a schedule that the job made for its old
+      optimizer. Optimizers tuned by hand then use `schedule` as it is and do
+      not read `config.learning_rate`; learning-rate-free ones use
+      `schedule / peak`.
+    old_flags: as for `add_optimizer_config`, for a config that did not go
+      through it. An option that `config.opt` sets to another value than its
+      default has that value.
 
   Returns:
     A transformation, to be used like any of optax's.
 
   Raises:
-    UsageError: an unknown name, rows that do not go together, or a value out
-      of range.
+    UsageError: an unknown name, rows that do not go together, a value out of
+      range, or an old flag that is missing or has no meaning.
 
   Example:
     >>> config = add_optimizer_config(ConfigDict(), optimizer="mechanic")
@@ -140,21 +164,60 @@ def make_optimizer(
     ...   optimizer: str = "mechanic"
     >>> tx = make_optimizer(Config(), optax.cosine_decay_schedule(1.0, 100))
   """
-  rows, options = _stack(config)
-  rate = stack.peak(rows, options, _read(config, "learning_rate", float))
-  fields = {
-    field: _read(config, field, default) for field, default in _DEFAULTS.items()
-  }
-  if not 0 <= rate < math.inf:
-    raise UsageError(
-      f"the learning rate of config.optimizer={config.optimizer!r} is {rate}; "
-      "it must be a finite number of at least 0"
-    )
-  if not 0 < peak < math.inf:
+  renaming = _renaming(old_flags)
+  for old, new in renaming.items():
+    present = getattr(config, old, None) is not None
+    _check_old_flag(old, present, new, _names(config))
+  rows, options = _stack(config, renaming)
+  former = {new: old for old, new in renaming.items() if new in _FOR_ALL}
+  read = lambda field, default: _read(config, former.get(field, field), default)
+  learning_rate = _learning_rate(
+    rows, options, read("learning_rate", float), schedule, peak
+  )
+  fields = {field: read(field, default) for field, default in _DEFAULTS.items()}
+  _check_fields(fields)
+  return stack.build(rows, options, learning_rate, **fields)
+
+
+def _learning_rate(
+  rows: Sequence[registry.Method],
+  options: stack.Options,
+  given: float | None,
+  schedule: optax.Schedule | None,
+  peak: float | None,
+) -> float | optax.Schedule:
+  """Returns a stack's learning rate; the arguments are `make_optimizer`'s.
+
+  Args:
+    rows: of the stack.
+    options: of all rows.
+    given: `config.learning_rate`.
+    schedule: the job's, or None.
+    peak: the schedule's, or None.
+  """
+  if peak is not None and not 0 < peak < math.inf:
     raise UsageError(
       f"peak={peak} must be the largest value of the schedule, a finite number "
       "above 0"
     )
+  untouched = peak is not None and all(row.tuned for row in rows)
+  if schedule is not None and untouched:
+    return schedule
+  rate = stack.peak(rows, options, given)
+  if not 0 <= rate < math.inf:
+    raise UsageError(
+      f"the learning rate of config.optimizer={rows[0].name!r} is {rate}; "
+      "it must be a finite number of at least 0"
+    )
+  if schedule is None:
+    return float(rate)
+  if peak is None:
+    return lambda count: rate * schedule(count)
+  return lambda count: rate * (schedule(count) / peak)
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+  """Raises where a field that holds for every optimizer is out of range."""
   if not 0 <= fields["grad_clip"] < math.inf:
     raise UsageError(
       f"config.grad_clip={fields['grad_clip']} must be a norm above 0, or 0 "
@@ -177,13 +240,6 @@ def make_optimizer(
     raise UsageError(
       f"config.accumulate_steps={fields['accumulate_steps']} must be at least 1"
     )
-  given = schedule or optax.constant_schedule(peak)
-  return stack.build(
-    rows,
-    options,
-    lambda count: rate / peak * given(count),
-    **fields,
-  )
 
 
 def own_schedule(config: Any) -> str:
@@ -206,32 +262,54 @@ def own_schedule(config: Any) -> str:
   return stack.schedule_name(rows)
 
 
-def _read_old_flag(
-  config: ConfigDict, old: str, new: str, fields: dict[str, Any]
-) -> None:
-  """Makes the fields to be added follow one of the job's fields."""
-  if old not in config:
-    raise UsageError(
-      f"old_flags names {old!r}, which config does not have"
-      + did_you_mean(old, config)
-    )
-  if new in ("learning_rate", *_DEFAULTS):
-    fields.pop(new, None)
-    if new != old:
-      fields[new] = config.get_oneway_ref(old)
-    return
-  rows = [
+def _renaming(
+  old_flags: Sequence[str] | Mapping[str, str],
+) -> Mapping[str, str]:
+  """Returns old name -> new name."""
+  if isinstance(old_flags, Mapping):
+    return old_flags
+  return {name: name for name in old_flags}
+
+
+def _rows_with(option: str) -> Sequence[registry.Method]:
+  """Returns the rows whose option an old flag of that name sets."""
+  return [
     row
     for row in registry.methods().values()
-    if row.tuned and not row.wraps and new in row.options
+    if row.tuned and not row.wraps and option in row.options
   ]
-  if not rows:
+
+
+def _check_old_flag(
+  old: str, present: bool, new: str, names: Iterable[str]
+) -> None:
+  """Raises where an old flag is missing or has no meaning.
+
+  Args:
+    old: its name.
+    present: whether the config has it.
+    new: what it is called here.
+    names: of the config's fields.
+  """
+  if not present:
+    raise UsageError(
+      f"old_flags names {old!r}, which config does not have"
+      + did_you_mean(old, names)
+    )
+  if new not in _FOR_ALL and not _rows_with(new):
     raise UsageError(
       f"old_flags has {new!r}, which no optimizer tuned by hand has as an "
       "option; leave it out, or put it into the schedule for make_optimizer"
     )
-  for row in rows:
-    fields["opt"][row.name][new] = config.get_oneway_ref(old)
+
+
+def _names(config: Any) -> Iterable[str]:
+  """Returns the names of a config's fields, as far as it tells them."""
+  if dataclasses.is_dataclass(config):
+    return [field.name for field in dataclasses.fields(config)]
+  if isinstance(config, ConfigDict):
+    return config
+  return getattr(config, "__dict__", ())
 
 
 def _field(default: Any) -> Any:
@@ -241,8 +319,15 @@ def _field(default: Any) -> Any:
   return default
 
 
-def _stack(config: Any) -> tuple[list[registry.Method], stack.Options]:
-  """Returns the rows that a config names, and every row's options."""
+def _stack(
+  config: Any, old_flags: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[registry.Method], stack.Options]:
+  """Returns the rows that a config names, and every row's options.
+
+  Args:
+    config: as for `make_optimizer`.
+    old_flags: old name -> new name, checked.
+  """
   name = _read(config, "optimizer", str)
   if name is None:
     raise UsageError(
@@ -256,13 +341,28 @@ def _stack(config: Any) -> tuple[list[registry.Method], stack.Options]:
       raise UsageError(
         f"config.opt.{row} is not an optimizer{did_you_mean(row, methods)}"
       )
-  options = {row.name: _options(row, given) for row in methods.values()}
+  own = _own_optimizer(config)
+  options = {row.name: _options(row, given, own) for row in methods.values()}
+  for old, new in old_flags.items():
+    for row in () if new in _FOR_ALL else _rows_with(new):
+      default = row.options[new]
+      if options[row.name][new] == _default(default):
+        options[row.name][new] = _read(config, old, default)
   return stack.resolve(name, options), options
 
 
+def _own_optimizer(config: Any) -> str | None:
+  """Returns the default of a dataclass's field `optimizer`, if it has one."""
+  if not dataclasses.is_dataclass(config):
+    return None
+  defaults = {field.name: field.default for field in dataclasses.fields(config)}
+  own = defaults.get("optimizer")
+  return own if isinstance(own, str) else None
+
+
 def _options(
-  row: registry.Method, given: Mapping[str, Any]
-) -> Mapping[str, Any]:
+  row: registry.Method, given: Mapping[str, Any], own: str | None
+) -> dict[str, Any]:
   """Returns a row's options: what `config.opt` gives, over the defaults."""
   group = f"config.opt.{row.name}"
   values = _as_dict(given.get(row.name), group)
@@ -276,7 +376,7 @@ def _options(
     option: _checked(values[option], default, f"{group}.{option}")
     if option in values
     else _default(default)
-    for option, default in row.options.items()
+    for option, default in stack.defaults(row, own).items()
   }
 
 

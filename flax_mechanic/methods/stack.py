@@ -37,6 +37,30 @@ def resolve(name: str, options: Options) -> list[Method]:
   return rows
 
 
+def defaults(row: Method, own: str | None) -> Mapping[str, Any]:
+  """Returns a row's options, in a job whose own optimizer is known.
+
+  A wrapper that is tuned by hand leaves the job's learning rate to its base, so
+  by default the base is the optimizer that the rate was tuned for, where it can
+  be. Mechanic's is as it is registered: it reads no learning rate, and what is
+  known about it was measured over that base.
+
+  Args:
+    row: of the table.
+    own: the row that the job was written for, if that is known.
+  """
+  base = registry.methods().get(own or "")
+  if (
+    base is None
+    or not (row.wraps and row.tuned and base.tuned)
+    or base.wraps
+    or base.replaces_gradient
+    or base.name in row.refuses
+  ):
+    return row.options
+  return {**row.options, "base": base.name}
+
+
 def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
   """Raises where `row` cannot be the base of the rows above it."""
   if row in above:
@@ -109,7 +133,7 @@ def schedule_name(rows: Sequence[Method]) -> str:
 def build(
   rows: Sequence[Method],
   options: Options,
-  learning_rate: optax.Schedule,
+  learning_rate: float | optax.Schedule,
   *,
   grad_clip: float = 0.0,
   accumulate_steps: int = 1,
@@ -124,7 +148,8 @@ def build(
   Args:
     rows: the outermost wrapper first.
     options: row name -> option -> value.
-    learning_rate: update count -> learning rate.
+    learning_rate: update count -> learning rate; or a constant, which is then a
+      number in the state.
     grad_clip: maximum global norm, 0 for none.
     accumulate_steps: batches per update.
     freeze: regular expressions; parameters whose path contains a match are
@@ -150,10 +175,15 @@ def build(
     row.name: _arguments(rows[:i], row, options) for i, row in enumerate(rows)
   }
 
+  schedule = (
+    learning_rate
+    if callable(learning_rate)
+    else optax.constant_schedule(learning_rate)
+  )
   tx = _build_innermost(rows[-1], arguments, learning_rate, no_decay)
   if below:
     for row in reversed(below[:-1]):
-      tx = _build_row(row, tx, learning_rate, **arguments[row.name])
+      tx = _build_row(row, tx, schedule, **arguments[row.name])
     if grad_clip:
       tx = optax.chain(optax.clip_by_global_norm(grad_clip), tx)
     if accumulate_steps > 1:
@@ -162,7 +192,7 @@ def build(
     tx = features.freeze(tx, freeze)
   tx = repairs.on_any_mesh(tx)
   for row in reversed([row for row in outer if row.wraps]):
-    tx = _build_row(row, tx, learning_rate, **arguments[row.name])
+    tx = _build_row(row, tx, schedule, **arguments[row.name])
     if freeze:
       # Frozen parameters do not count in the norms that the row computes.
       tx = optax.chain(features.zero_gradients(freeze), tx)
@@ -204,7 +234,8 @@ class _Update:
       arguments = ", ".join(f"{name}=..." for name in missing)
       raise ValueError(
         f"this optimizer needs {' and '.join(missing)}: call minimize, or "
-        f"update(..., {arguments})"
+        f"update(..., {arguments}); it cannot be under a transformation that "
+        "takes no such arguments, as optax.lookahead does not"
       )
     if "per_example" in self.needs and params is not None:
       leaves = zip(
@@ -244,7 +275,7 @@ def _build_row(
 def _build_innermost(
   row: Method,
   arguments: Mapping[str, Mapping[str, Any]],
-  learning_rate: optax.Schedule,
+  learning_rate: float | optax.Schedule,
   no_decay: Sequence[str],
 ) -> optax.GradientTransformation:
   options = dict(arguments[row.name])
@@ -258,7 +289,7 @@ def _build_innermost(
       lambda matches: not matches, matching(no_decay, params)
     )
   _build_row(row, 1.0, **options)  # A bad option raises here, not in `init`.
-  # `scalars` reads the schedule's present value from the injected state.
+  # `scalars` and `optax.tree.get` read the present value in the state.
   inject = optax.inject_hyperparams(
     lambda learning_rate: row.build(learning_rate, **options),
     hyperparam_dtype=jnp.dtype(jnp.float32),

@@ -267,6 +267,13 @@ def is_traced(tree: Any) -> bool:
   )
 
 
+def is_abstract(tree: Any) -> bool:
+  """Whether a leaf of the tree is a shape without an array."""
+  return any(
+    isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)
+  )
+
+
 def _sharding_of(leaf: Any) -> NamedSharding | None:
   if isinstance(leaf, jax.core.Tracer):
     typed = jax.typeof(leaf).sharding

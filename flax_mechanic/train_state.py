@@ -71,9 +71,11 @@ class TrainState(train_state.TrainState, kw_only=True):
     placing = optax.GradientTransformation(
       functools.partial(of_state.init, tx), tx.update
     )
+    if shardings.by_path and not is_traced(params):
+      params = shardings.place(params)
     state = super().create(
       apply_fn=apply_fn,
-      params=params if is_traced(params) else shardings.place(params),
+      params=params,
       tx=placing,
       state_shardings=of_state,
       **fields,

@@ -9,8 +9,10 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
+from ml_collections import ConfigDict
 
-from flax_mechanic import MechanicState, mechanize
+import flax_mechanic
+from flax_mechanic import MechanicState, UsageError, mechanize
 from tests import network
 
 BASES = {
@@ -195,6 +197,70 @@ def test_zero_first_gradient_is_harmless():
   for i in range(200):
     x, state, value = step(x, state, *network.batch(i))
   assert value < network.loss(network.params(), *network.batch(199)) * 0.7
+
+
+@pytest.mark.parametrize(
+  "chain",
+  [
+    lambda tx: optax.chain(tx, optax.ema(0.9)),
+    lambda tx: optax.chain(optax.clip(1.0), optax.chain(tx), optax.ema(0.9)),
+    lambda tx: optax.chain(optax.chain(tx, optax.identity()), optax.ema(0.9)),
+    lambda tx: optax.named_chain(("mechanic", tx), ("ema", optax.ema(0.9))),
+    lambda tx: optax.chain(optax.MultiSteps(tx, 2), optax.ema(0.9)),
+    lambda tx: optax.chain(optax.masked(tx, True), optax.ema(0.9)),
+  ],
+)
+@pytest.mark.parametrize("wrap", [jax.jit, lambda update: update])
+def test_what_would_follow_in_a_chain_is_refused(chain, wrap):
+  tx = chain(mechanize(optax.sgd(1.0)))
+  x = network.params()
+  state, update = tx.init(x), wrap(tx.update)
+  with pytest.raises(UsageError, match=r"^ema follows mechanic .* base, where"):
+    update(x, state, x)
+
+
+@pytest.mark.parametrize(
+  "chain",
+  [
+    lambda tx: optax.chain(optax.clip(1e6), tx),
+    lambda tx: optax.chain(tx, optax.identity()),
+    lambda tx: optax.named_chain(("clip", optax.clip(1e6)), ("mechanic", tx)),
+    lambda tx: optax.chain(optax.clip(1e6), optax.chain(optax.identity(), tx)),
+  ],
+)
+def test_a_chain_that_ends_with_mechanic_is_mechanic(chain):
+  base = optax.chain(optax.sgd(1.0), optax.ema(0.9), optax.scale(0.5))
+  alone = network.train(mechanize(base), 20)
+  chained = network.train(chain(mechanize(base)), 20)
+  np.testing.assert_array_equal(alone[2], chained[2])
+
+
+def test_shapes_are_taken():
+  params = network.params()
+  shapes = jax.eval_shape(lambda: params)
+  for tx in (
+    mechanize(optax.adamw(1.0), x0_dtype="bfloat16"),
+    flax_mechanic.make_optimizer(
+      flax_mechanic.add_optimizer_config(ConfigDict(), "mechanic")
+    ),
+  ):
+    assert jax.eval_shape(tx.init, params) == tx.init(shapes)
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.003])
+def test_options_are_hyperparameters_that_can_be_injected(rho):
+  base = optax.adamw(1.0)
+  inject = optax.inject_hyperparams(mechanize, static_args="num_betas")
+  options = {"relative_s_init": rho, "weight_decay": 1e-4, "eps": 1e-20}
+  direct = network.train(mechanize(base, **options), 50)
+  injected = network.train(inject(base, **options), 50)
+  np.testing.assert_allclose(injected[2], direct[2], rtol=1e-4)
+  scheduled = inject(
+    base, **options | {"relative_s_init": lambda count: jnp.float32(rho)}
+  )
+  np.testing.assert_allclose(
+    network.train(scheduled, 50)[2], direct[2], rtol=1e-4
+  )
 
 
 def test_params_are_asked_for():

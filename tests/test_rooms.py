@@ -19,6 +19,7 @@ ROOMS = (
   "flax_mechanic.mechanic.offset",
   "flax_mechanic.mechanic.sums",
   "flax_mechanic.mechanic.guard",
+  "flax_mechanic.mechanic.last",
   "flax_mechanic.mechanic.transform",
   "flax_mechanic.mechanic",
   "flax_mechanic.methods.extra_args",

@@ -16,7 +16,7 @@ _MAX_AGE = 10
 def measure(
   previous: jax.Array,
   *,
-  rho: float,
+  rho: jax.typing.ArrayLike,
   s_init: jax.typing.ArrayLike,
   count: jax.Array,
   S: jax.Array,

@@ -25,10 +25,11 @@ import optax
 from flax_mechanic.mechanic import initial_scale, offset
 from flax_mechanic.mechanic.groups import Groups
 from flax_mechanic.mechanic.guard import guarded_update
+from flax_mechanic.mechanic.last import refuse_what_follows
 from flax_mechanic.mechanic.offset import widen
 from flax_mechanic.mechanic.sums import PAIRS, inner_products
 from flax_mechanic.mechanic.tuner import RULES, Tuner, TunerState
-from flax_mechanic.placement import Shardings
+from flax_mechanic.placement import Shardings, is_abstract
 
 # A spike is measured against a mean over about this many gradients.
 _SPIKE_WINDOW = 10.0
@@ -93,7 +94,7 @@ def mechanize(
   variant: Literal["optax", "pytorch"] = "optax",
   spike_factor: float | jax.Array = 1000.0,
   x0_dtype: jax.typing.DTypeLike | None = None,
-  relative_s_init: float | None = None,
+  relative_s_init: jax.typing.ArrayLike | None = None,
   groups: str | Callable[[str], Hashable] = "",
   mean_decay: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,7 +115,10 @@ def mechanize(
     base's pass; it reads and writes nothing else of the parameters' size. The
     inner products take one all-reduce.
 
-  Give the base a schedule that peaks at 1.0. If the parameters are replaced
+  Give the base a schedule that peaks at 1.0. Nothing may change the updates on
+  their way to the parameters, from which Delta is recovered: in an
+  `optax.chain` it comes last, and what would follow it (`optax.ema`, a scale)
+  goes in front of it or into its base. If the parameters are replaced
   between `init` and the first `update`, the new ones are the reference point.
   Zero gradients, empty leaves, scalar leaves and trees without leaves are fine;
   a leaf whose gradient is None stays as it is.
@@ -163,13 +167,16 @@ def mechanize(
       it.
 
   Returns:
-    A transformation whose state is a `MechanicState`. Its `update` needs
+    A transformation whose state is a `MechanicState`. Its `init` takes
+    `jax.ShapeDtypeStruct`s too and then returns them. Its `update` needs
     `params`, takes `shardings`, the `Shardings` of params on an Auto mesh, and
     passes other arguments on to the base.
 
   Raises:
     ValueError: an unknown variant or a value out of range; by `update`, if
       `params` is not given.
+    UsageError: by `update`, if another transformation follows in an
+      `optax.chain`.
 
   Example:
     >>> tx = mechanize(optax.adamw(1.0))
@@ -183,10 +190,11 @@ def mechanize(
     betas = [1.0 - 0.1**i for i in range(1, num_betas + 1)]
   _check_numbers(weight_decay=weight_decay, eps=eps, s_init=s_init)
   _check_options(betas, variant, x0_dtype, relative_s_init, groups)
-  rho = relative_s_init or 0.0
+  off = isinstance(relative_s_init, int | float) and relative_s_init == 0
+  rho = None if off else relative_s_init
   mechanic = _Mechanic(
     base=optax.with_extra_args_support(base_optimizer),
-    tuner=Tuner(betas, eps, RULES[variant], floor=rho > 0),
+    tuner=Tuner(betas, eps, RULES[variant], floor=rho is not None),
     weight_decay=weight_decay,
     s_init=s_init,
     rho=rho,
@@ -206,13 +214,15 @@ class _Mechanic:
   tuner: Tuner
   weight_decay: jax.typing.ArrayLike
   s_init: jax.typing.ArrayLike
-  rho: float
+  rho: jax.typing.ArrayLike | None
   spike_factor: float | jax.Array
   x0_dtype: jax.typing.DTypeLike | None
   groups: str | Callable[[str], Hashable]
   mean_decay: bool
 
   def init(self, params: optax.Params) -> MechanicState:
+    if is_abstract(params):
+      return jax.eval_shape(self.init, params)
     dtype = _tuner_dtype(params)
     shape = Groups.of(self.groups, params).shape
     x0, delta = offset.init(params, self.x0_dtype, dtype)
@@ -244,6 +254,7 @@ class _Mechanic:
       raise ValueError(
         "mechanize needs params: tx.update(grads, state, params)"
       )
+    refuse_what_follows()
     groups, dtype = Groups.of(self.groups, params), state.s.dtype
     x0 = offset.reference_point(state.count == 0, params, state.x0)
     offsets = self._offsets(params, x0, state, groups)
@@ -266,7 +277,7 @@ class _Mechanic:
       dtype,
       shardings,
       groups=groups,
-      pairs=(*PAIRS, "dd") if self.rho else PAIRS,
+      pairs=PAIRS if self.rho is None else (*PAIRS, "dd"),
     )
     h, s_init, memory = self._h(sums, state)
     tuned = self.tuner.update(state.tuner, h, s_init)
@@ -341,7 +352,7 @@ class _Mechanic:
     g_norm, x_norm = jnp.sqrt(gg), jnp.sqrt(xx)
     decay, s_init = self.weight_decay * state.scale, self.s_init
     measured, mean_norm = state.initial_scale, state.mean_norm
-    if self.rho:
+    if self.rho is not None:
       decay /= jnp.where(measured > 0, measured, jnp.inf)
       measured, s_init = initial_scale.measure(
         measured,
@@ -377,7 +388,7 @@ def _check_options(
   betas: Sequence[float],
   variant: str,
   x0_dtype: Any,
-  relative_s_init: float | None,
+  relative_s_init: jax.typing.ArrayLike | None,
   groups: Any,
 ) -> None:
   if not betas or not all(
@@ -394,7 +405,9 @@ def _check_options(
     raise ValueError(
       f"x0_dtype={x0_dtype!r} must be a type of floats, such as 'bfloat16'"
     )
-  if not 0 <= (relative_s_init or 0.0) < float("inf"):
+  if isinstance(relative_s_init, int | float) and not (
+    0 <= relative_s_init < float("inf")
+  ):
     raise ValueError(
       f"relative_s_init={relative_s_init} must be above 0, or 0 for s_init"
     )

@@ -13,6 +13,7 @@ from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import features, registry, repairs
 from flax_mechanic.methods.registry import Method
 from flax_mechanic.paths import check_found, matching
+from flax_mechanic.placement import is_abstract
 
 Options = Mapping[str, Mapping[str, Any]]
 
@@ -202,6 +203,8 @@ def build(
   def init(params: optax.Params) -> optax.OptState:
     check_found(freeze, params, "config.freeze")
     check_found(no_decay, params, "config.no_decay")
+    if is_abstract(params):
+      return jax.eval_shape(tx.init, params)
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init, _Update(tx.update, needs))

@@ -1,5 +1,7 @@
 """What wraps what: combinations, accumulation, freezing, decay masks."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,12 +116,34 @@ def test_what_the_errors_say_to_type_builds(name):
   assert optax.tree.get(tx.init(network.params()), "s").shape == (3, 6)
 
 
+def test_lookahead_over_a_method_that_reads_the_loss_says_why_not():
+  tx = optax.lookahead(build("momo"), 5, 0.5)
+  x = optax.LookaheadParams.init_synced(network.params())
+  with pytest.raises(ValueError, match=r"needs value: .* as optax\.lookahead"):
+    tx.update(x.fast, tx.init(x), x)
+
+
 def test_mechanic_over_lamb_warns_once_and_trains():
   with pytest.warns(UserWarning, match="except those") as warned:
     tx = build("mechanic", opt__mechanic__base="lamb")
   assert len(warned) == 1
   _, losses = minimize(tx, 200)
   assert np.mean(losses[-10:]) < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["prodigy", "dog"])
+def test_parameters_too_narrow_for_a_method_are_warned_of_once(name):
+  mesh = jax.make_mesh((2, 2), ("data", "model"))
+  narrow = network.place(network.params(jnp.bfloat16), mesh)
+  words = f"^{name} hardly trains bfloat16 parameters, .*param_dtype=float32"
+  tx = build(name)
+  with pytest.warns(UserWarning, match=words) as warned:
+    state = TrainState.create(apply_fn=None, params=narrow, tx=tx)
+  assert len(warned) == 1
+  with warnings.catch_warnings(action="error"):
+    state.reanchor()
+    build(name).init(network.params())
+    build("mechanic").init(narrow)
 
 
 @pytest.mark.parametrize("name", ["sam", AGGREGATE])

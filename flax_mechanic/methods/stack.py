@@ -1,8 +1,9 @@
 """A stack of rows: which row wraps which, and what the stack builds."""
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -198,16 +199,43 @@ def build(
       # Frozen parameters do not count in the norms that the row computes.
       tx = optax.chain(features.zero_gradients(freeze), tx)
   needs = frozenset().union(*(row.needs for row in rows))
+  caution = _once_about_rounding(rows)
   tx = repairs.keep_dtypes(repairs.own_buffers(tx))
 
   def init(params: optax.Params) -> optax.OptState:
+    if is_abstract(params):
+      return jax.eval_shape(init, params)
     check_found(freeze, params, "config.freeze")
     check_found(no_decay, params, "config.no_decay")
-    if is_abstract(params):
-      return jax.eval_shape(tx.init, params)
+    caution(params)
     return tx.init(params)
 
   return optax.GradientTransformationExtraArgs(init, _Update(tx.update, needs))
+
+
+def _once_about_rounding(
+  rows: Sequence[Method],
+) -> Callable[[optax.Params], None]:
+  """Returns what warns once, if the rows train parameters badly."""
+  lost = [row.name for row in rows if row.rounds_to_nothing]
+  warn = functools.cache(lambda text: warnings.warn(text, stacklevel=4))
+
+  def caution(params: optax.Params) -> None:
+    dtypes = {jnp.result_type(leaf) for leaf in jax.tree.leaves(params)}
+    narrow = sorted(
+      dtype.name
+      for dtype in dtypes
+      if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
+    )
+    if lost and narrow:
+      warn(
+        f"{lost[0]} hardly trains {' and '.join(narrow)} parameters, since "
+        "rounding loses its small first steps; keep the parameters in float32 "
+        "(param_dtype=float32), which the model may convert to compute in "
+        f"{narrow[0]} (dtype={narrow[0]}), or use mechanic"
+      )
+
+  return caution
 
 
 def needs(tx: optax.GradientTransformation) -> frozenset[str]:

@@ -138,8 +138,8 @@ def make_optimizer(
     schedule: update count -> learning rate; None is constant. Without `peak`
       its peak is 1.0: optimizers tuned by hand use `config.learning_rate` times
       the schedule, and learning-rate-free ones, which do not read that field,
-      the schedule. Without a schedule, the rate is `hyperparams` in the state,
-      which `optax.tree.set` can change.
+      the schedule. The present rate can be read in the state, and without a
+      schedule also set: `optax.tree.set(state, learning_rate=...)`.
     peak: the largest value of a schedule that the job made for its old
       optimizer. Optimizers tuned by hand then use `schedule` as it is and do
       not read `config.learning_rate`; learning-rate-free ones use

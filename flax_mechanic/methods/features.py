@@ -1,4 +1,4 @@
-"""What the flag adds around any method: averaging, freezing, accumulation."""
+"""What the flag adds around any method: its rate, averaging, freezing."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -6,8 +6,52 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from optax.schedules import InjectStatefulHyperparamsState
 
 from flax_mechanic.paths import matching
+
+
+def injected(
+  build: Callable[[jax.Array], optax.GradientTransformation],
+  learning_rate: float | optax.Schedule,
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps the learning rate in the state, where it can be read and set.
+
+  `optax.inject_hyperparams` keeps a schedule's count under the same name, so
+  that `optax.tree.get` finds two (optax 0.2.8). Here the state has one value
+  and is the same with a schedule and without.
+
+  Args:
+    build: learning rate, a float32 scalar -> the transformation.
+    learning_rate: update count -> learning rate; or the first value of one that
+      remains until it is set.
+  """
+
+  def rate(count: jax.Array) -> jax.Array:
+    value = learning_rate(count) if callable(learning_rate) else learning_rate
+    return jnp.asarray(value, jnp.float32)
+
+  def init(params):
+    count = jnp.zeros([], jnp.int32)
+    value = rate(count)
+    return InjectStatefulHyperparamsState(
+      count, {"learning_rate": value}, {}, build(value).init(params)
+    )
+
+  def update(updates, state, params=None, **extra_args):
+    hyperparams = state.hyperparams
+    if callable(learning_rate):
+      hyperparams = {"learning_rate": rate(state.count)}
+    tx = optax.with_extra_args_support(build(hyperparams["learning_rate"]))
+    updates, inner_state = tx.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    count = jnp.asarray(optax.safe_increment(state.count))
+    return updates, InjectStatefulHyperparamsState(
+      count, hyperparams, {}, inner_state
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 class AveragedState(NamedTuple):

@@ -150,8 +150,8 @@ def build(
   Args:
     rows: the outermost wrapper first.
     options: row name -> option -> value.
-    learning_rate: update count -> learning rate; or a constant, which is then a
-      number in the state.
+    learning_rate: update count -> learning rate; or a number, which can then be
+      set in the state.
     grad_clip: maximum global norm, 0 for none.
     accumulate_steps: batches per update.
     freeze: regular expressions; parameters whose path contains a match are
@@ -320,9 +320,6 @@ def _build_innermost(
       lambda matches: not matches, matching(no_decay, params)
     )
   _build_row(row, 1.0, **options)  # A bad option raises here, not in `init`.
-  # `scalars` and `optax.tree.get` read the present value in the state.
-  inject = optax.inject_hyperparams(
-    lambda learning_rate: row.build(learning_rate, **options),
-    hyperparam_dtype=jnp.dtype(jnp.float32),
+  return features.injected(
+    lambda learning_rate: row.build(learning_rate, **options), learning_rate
   )
-  return inject(learning_rate=learning_rate)

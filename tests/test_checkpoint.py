@@ -14,7 +14,14 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from flax_mechanic import Checkpointer, Optimizer, UsageError, mechanize
+from flax_mechanic import (
+  Checkpointer,
+  Optimizer,
+  UsageError,
+  add_optimizer_config,
+  make_optimizer,
+  mechanize,
+)
 
 
 class Model(nnx.Module):
@@ -237,6 +244,34 @@ def test_fields_that_were_renamed_since(tmp_path, form):
     }
     with pytest.raises(UsageError, match="state/usual_norm is not in it"):
       checkpointer.restore(target)
+
+
+@pytest.mark.parametrize("integration", ["Linen", "NNX"])
+def test_the_count_of_a_schedule_that_states_had(tmp_path, integration):
+  model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+  config = add_optimizer_config(ConfigDict({"learning_rate": 1.0}), "sgd")
+  schedule = lambda count: 0.5**count
+  old = optax.inject_hyperparams(
+    lambda learning_rate: optax.sgd(learning_rate, momentum=0.9)
+  )(learning_rate=schedule)
+
+  def init(tx):
+    if integration == "NNX":
+      return nnx.state(nnx.Optimizer(model, tx, wrt=nnx.Param))
+    return tx.init(nnx.to_pure_dict(nnx.state(model)))
+
+  saved = jax.tree.map(lambda x: x + 1, init(old))
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, saved)
+    target = init(make_optimizer(config, schedule))
+    restored = checkpointer.restore(target).state
+  before, after = (
+    {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    for leaves in map(jax.tree_util.tree_leaves_with_path, (saved, restored))
+  )
+  (gone,) = before.keys() - after.keys()
+  assert "hyperparams_states" in gone
+  assert after == {path: before[path] for path in before if path != gone}
 
 
 def run(code, **environment):

@@ -17,7 +17,7 @@ from flax_mechanic.checkpoints.arrays import (
   describe,
   read_on_all,
 )
-from flax_mechanic.checkpoints.renamed import saved_paths
+from flax_mechanic.checkpoints.renamed import is_gone, saved_paths
 
 _LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
 
@@ -109,7 +109,9 @@ def differences(
   wanted = {path: each["shape"] for path, each in describe(tree).items()}
   sources = saved_paths(wanted, descriptions)
   unwanted = [
-    path for path in descriptions.keys() - set(sources.values()) if not part
+    path
+    for path in descriptions.keys() - set(sources.values())
+    if not part and not is_gone(path)
   ]
   reshaped = [
     path

@@ -1,9 +1,10 @@
-"""State fields that older checkpoints hold under another name.
+"""State fields that older checkpoints hold under another name, or alone.
 
-They are all `MechanicState`'s, whose other fields tell them from fields of the
-same name that a base has.
+Those with another name are all `MechanicState`'s, whose other fields tell them
+from fields of the same name that a base has.
 """
 
+import re
 from collections.abc import Container, Iterable, Mapping
 
 # Mechanic's state, ours or optax's, has these fields, whatever else it has.
@@ -11,6 +12,13 @@ TUNER = frozenset({"r", "m", "v", "s"})
 
 # Present name -> the name in checkpoints of 0.1.0's development versions.
 _FORMER = {"usual_norm": "grad_norm", "initial_scale": "s_init"}
+# The count of the schedule, which the count of the updates next to it equals.
+_GONE = re.compile(r"(^|/)hyperparams_states/learning_rate/count$")
+
+
+def is_gone(path: str) -> bool:
+  """Whether a saved leaf is one that states no longer have."""
+  return bool(_GONE.search(path))
 
 
 def former(field: str) -> str:

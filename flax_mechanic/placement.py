@@ -200,11 +200,10 @@ class Shardings:
     whole = self.mesh and NamedSharding(self.mesh, P())
 
     def of_leaf(path, value):
-      shape = jnp.shape(value)
-      leaf = parameter_of(path, shape, parameters)
+      leaf = parameter_of(path, value.shape, parameters)
       if leaf is not None:
         return f(value, leaf.sharding, self.offload)
-      return f(value, whole and _normal(whole, len(shape)), False)
+      return f(value, whole and _normal(whole, len(value.shape)), False)
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
 

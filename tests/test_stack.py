@@ -142,6 +142,7 @@ def test_parameters_too_narrow_for_a_method_are_warned_of_once(name):
   assert len(warned) == 1
   with warnings.catch_warnings(action="error"):
     state.reanchor()
+    tx.init(network.params(jnp.bfloat16))
     build(name).init(network.params())
     build("mechanic").init(narrow)
 

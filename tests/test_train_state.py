@@ -38,9 +38,9 @@ TX = optax.adam(0.01)
 def create(cls, **fields):
   return cls.create(
     apply_fn=network.loss,
-    params=network.params(),
     tx=TX,
     **{
+      "params": network.params(),
       "batch_stats": {"mean": jnp.zeros(2)},
       "name": "job",
       "dynamic_scale": DynamicScale(scale=2.0**10),
@@ -103,6 +103,14 @@ def test_flax_s_fields_are_positional():
     assert base(*fields).opt_state is fields[-1]
   more = {"mean": jnp.zeros(2)}, jnp.ones(2), "job", None, "note", jnp.ones(2)
   assert_same(OURS(*fields, *more), THEIRS(*fields, *more))
+
+
+def test_params_are_kept_as_they_are_given():
+  params = {"a": 1, "b": 2.0}
+  states = [create(cls, params=params) for cls in (OURS, THEIRS)]
+  assert_same(*states)
+  for state in states:
+    assert state.params is params
 
 
 @pytest.mark.parametrize(("source", "target"), [(OURS, THEIRS), (THEIRS, OURS)])

@@ -5,7 +5,6 @@ import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import optax
@@ -258,7 +257,7 @@ def own_schedule(config: Any) -> str:
     >>> own_schedule(add_optimizer_config(ConfigDict(), "dog"))
     'constant'
   """
-  rows, _ = _stack(config)
+  rows, _ = _stack(config, {})
   return stack.schedule_name(rows)
 
 
@@ -320,7 +319,7 @@ def _field(default: Any) -> Any:
 
 
 def _stack(
-  config: Any, old_flags: Mapping[str, str] = MappingProxyType({})
+  config: Any, old_flags: Mapping[str, str]
 ) -> tuple[list[registry.Method], stack.Options]:
   """Returns the rows that a config names, and every row's options.
 

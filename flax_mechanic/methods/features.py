@@ -1,7 +1,7 @@
 """What the flag adds around any method: its rate, averaging, freezing."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,28 +27,26 @@ def injected(
       remains until it is set.
   """
 
-  def rate(count: jax.Array) -> jax.Array:
-    value = learning_rate(count) if callable(learning_rate) else learning_rate
+  def rate(count: jax.Array, kept: Any) -> jax.Array:
+    value = learning_rate(count) if callable(learning_rate) else kept
     return jnp.asarray(value, jnp.float32)
 
   def init(params):
     count = jnp.zeros([], jnp.int32)
-    value = rate(count)
+    value = rate(count, learning_rate)
     return InjectStatefulHyperparamsState(
       count, {"learning_rate": value}, {}, build(value).init(params)
     )
 
   def update(updates, state, params=None, **extra_args):
-    hyperparams = state.hyperparams
-    if callable(learning_rate):
-      hyperparams = {"learning_rate": rate(state.count)}
-    tx = optax.with_extra_args_support(build(hyperparams["learning_rate"]))
+    value = rate(state.count, state.hyperparams["learning_rate"])
+    tx = optax.with_extra_args_support(build(value))
     updates, inner_state = tx.update(
       updates, state.inner_state, params, **extra_args
     )
     count = jnp.asarray(optax.safe_increment(state.count))
     return updates, InjectStatefulHyperparamsState(
-      count, hyperparams, {}, inner_state
+      count, {"learning_rate": value}, {}, inner_state
     )
 
   return optax.GradientTransformationExtraArgs(init, update)

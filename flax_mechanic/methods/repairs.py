@@ -43,9 +43,10 @@ def keep_dtypes(
   state of low-precision parameters (optax 0.2.8: `lars`, `cocob`).
   """
   tx = optax.with_extra_args_support(tx)
-  cast = lambda new, old: (
-    new if new.dtype == old.dtype else new.astype(old.dtype)
-  )
+
+  def cast(new, old):
+    dtype = getattr(old, "dtype", new.dtype)  # A number that the user has set.
+    return new if new.dtype == dtype else new.astype(dtype)
 
   def update(updates, state, params=None, **extra_args):
     updates, new_state = tx.update(updates, state, params, **extra_args)

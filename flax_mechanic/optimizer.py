@@ -293,7 +293,7 @@ class Optimizer(nnx.Optimizer):
     self._write_state(adopted.opt_state)
     return adopted.notes
 
-  def _params(self, model: Any) -> optax.Params:
+  def _params(self, model: Any) -> Any:
     return nnx.as_pure(nnx.state(model, self.wrt, graph=self.graph))
 
   def _state(self) -> optax.OptState:

@@ -276,7 +276,11 @@ def test_minimize_is_flax_s_step_under(run):
   assert ours["metrics"].loss.count[...] == 3
 
 
-@pytest.mark.parametrize("map_", [nnx.vmap, nnx.pmap])
+def jitted_vmap(f, **axes):
+  return nnx.jit(nnx.vmap(f, **axes))
+
+
+@pytest.mark.parametrize("map_", [jitted_vmap, nnx.pmap])
 def test_minimize_over_seeds_is_flax_s_step(map_):
   def make(cls, key):
     objects = create(key, norm=False)

@@ -129,7 +129,7 @@ def test_gradient_clipping_and_accumulation():
       {"optimizer": "mechanic", "opt__mechanic__base": "mechanic"},
       "wraps itself",
     ),
-    ({"learning_rate": float("nan")}, "learning rate .* is nan"),
+    ({"learning_rate": float("nan")}, r"config\.learning_rate=nan must be"),
     ({"learning_rate": -1.0}, "learning rate .* is -1.0"),
     ({"grad_clip": -1.0}, "config.grad_clip=-1.0"),
     ({"accumulate_steps": 0}, "config.accumulate_steps=0"),
@@ -424,6 +424,14 @@ def test_a_dataclass_s_options_are_flags():
     (Config(learning_rate="1"), r"config\.learning_rate='1' is of type str"),
     (Config(learning_rate=None), r"needs config\.learning_rate"),
     (Config(grad_clip=-1.0), r"config\.grad_clip=-1\.0 must be"),
+    (
+      Config(opt={"adamw": {"b1": float("nan")}}),
+      r"config\.opt\.adamw\.b1=nan must be a finite number",
+    ),
+    (
+      Config(opt={"mechanic": {"s_init": float("inf")}}),
+      r"config\.opt\.mechanic\.s_init=inf must be a finite number",
+    ),
     (object(), r"config\.optimizer is missing; call add_optimizer_config"),
   ],
 )

@@ -224,6 +224,7 @@ def test_what_would_follow_in_a_chain_is_refused(chain, wrap):
   [
     lambda tx: optax.chain(optax.clip(1e6), tx),
     lambda tx: optax.chain(tx, optax.identity()),
+    lambda tx: optax.chain(tx, optax.masked(optax.scale(0.5), lambda _: False)),
     lambda tx: optax.named_chain(("clip", optax.clip(1e6)), ("mechanic", tx)),
     lambda tx: optax.chain(optax.clip(1e6), optax.chain(optax.identity(), tx)),
   ],

@@ -256,7 +256,7 @@ def test_two_gradients_of_their_own(upper, base):
     build(upper, **under(upper, base=base))
 
 
-@pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw"])
+@pytest.mark.parametrize("name", ["mechanic", "prodigy", "dadapt_adamw"])
 def test_everything_may_be_frozen(name):
   state, _ = minimize(build(name, freeze=(".",)), 2)
   jax.tree.map(np.testing.assert_array_equal, state.params, network.params())

@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0 after the last step, and when SIGTERM or Ctrl-C ended the training with a
     checkpoint; 1 if nothing reads the output any more; 2 for bad input, and for
-    a loss that is not finite at the end; 130 for Ctrl-C at any other time. Any other exception is a defect and keeps its
-    traceback.
+    a loss that is not finite at the end; 130 for Ctrl-C at any other time. Any
+    other exception is a defect and keeps its traceback.
   """
   arguments = sys.argv[1:] if argv is None else argv
   absl.logging.set_verbosity(absl.logging.WARNING)

@@ -32,7 +32,8 @@ class Groups(NamedTuple):
     Args:
       pattern: a regular expression, searched in each leaf's path: leaves with
         equal matches form a group, and so do all leaves without a match; or a
-        function path -> label. "" puts all leaves in one group.
+        function path -> label. "" puts all leaves in one group, as does a tree
+        without leaves.
       params: the tree.
 
     Example:
@@ -43,7 +44,7 @@ class Groups(NamedTuple):
       parameter_path(path)
       for path, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
-    if not pattern:
+    if not pattern or not paths:
       return cls((0,) * len(paths), ())
     if callable(pattern):
       labels = [pattern(path) for path in paths]

@@ -16,7 +16,11 @@ def _code(update: Any) -> CodeType | None:
 
 
 _NOTHING = optax.identity()
-_IDENTITY = _code(_NOTHING.update)
+# Those that may follow. What is masked acts on other leaves, as a rule.
+_HARMLESS = (
+  _code(_NOTHING.update),
+  _code(optax.masked(_NOTHING, True).update),
+)
 _CHAIN = _code(optax.chain(_NOTHING).update)
 _NAMED_CHAIN = _code(optax.named_chain(("nothing", _NOTHING)).update)
 _WITH_EXTRA_ARGS = _code(optax.with_extra_args_support(_NOTHING).update)
@@ -32,10 +36,11 @@ def refuse_what_follows() -> None:
   there costs a compiled step nothing.
 
   Raises:
-    UsageError: something other than `optax.identity` follows in a chain.
+    UsageError: something follows in a chain that is neither `optax.identity`
+      nor under `optax.masked`, which is for other leaves.
   """
   for update in map(_unwrapped, _following()):
-    if _code(update) is not _IDENTITY:
+    if _code(update) not in _HARMLESS:
       name = getattr(update, "__qualname__", "a transformation")
       raise UsageError(
         f"{name.partition('.')[0]} follows mechanic in an optax.chain and "

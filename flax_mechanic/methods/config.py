@@ -407,8 +407,13 @@ def _default(default: Any) -> Any:
 
 
 def _checked(value: Any, default: Any, field: str) -> Any:
-  """Returns a value that is None or of the type of the field's default."""
+  """Returns a value that is None or of the type of the field's default.
+
+  A number is finite, unless it is the default.
+  """
   kind = default if isinstance(default, type) else type(default)
+  if isinstance(value, float) and not math.isfinite(value) and value != default:
+    raise UsageError(f"{field}={value} must be a finite number")
   if value is None or default is None:
     return value
   if isinstance(value, _ACCEPTED.get(kind, kind)):

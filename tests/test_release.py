@@ -102,6 +102,23 @@ def read(name):
   return (ROOT / name).read_text()
 
 
+def test_an_install_shadows_nothing_of_a_project(tmp_path):
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "default.py").write_text("momentum = 0.9\n")
+  (tmp_path / "train").mkdir()
+  (tmp_path / "train" / "loop.py").write_text("from configs import default\n")
+  main = tmp_path / "main.py"
+  main.write_text(
+    "import flax_mechanic\n"
+    "from train import loop\n"
+    "print(loop.default.momentum, loop.__file__)\n"
+  )
+  output = run(sys.executable, main, cwd=tmp_path)
+  assert output == f"0.9 {tmp_path / 'train' / 'loop.py'}\n", (
+    "pip install -e . as pyproject.toml now says it"
+  )
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_no_more(dist):
   (wheel,) = dist.glob("*.whl")

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 def get_config():
   config = ConfigDict()
-  config.learning_rate = 0.03
+  config.learning_rate = 1 / 32
   config.weight_decay = 0.01
   config.batch_size = 16
-  config.warmup_steps = 5
+  config.warmup_steps = 4
   config.num_steps = 30
   config.checkpoint_every = 20
   config.devices = 8

@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 def get_config():
   config = ConfigDict()
-  config.learning_rate = 0.03
+  config.learning_rate = 1 / 32
   config.b2 = 0.98
   config.weight_decay = 0.1
   config.batch_size = 16
-  config.warmup_steps = 5
+  config.warmup_steps = 4
   config.num_steps = 30
   config.checkpoint_every = 20
   config.devices = 8

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import linen as nn
-from flax.training import checkpoints, train_state
+from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -98,10 +99,12 @@ def train(config, workdir):
   state = train_state.TrainState.create(
     apply_fn=model.apply, params=params, tx=make_tx(config)
   )
-  state = checkpoints.restore_checkpoint(workdir, state)
-  first = int(state.step)
   mesh = jax.make_mesh((config.devices,), ("data",), (AxisType.Auto,))
   state = jax.device_put(state, NamedSharding(mesh, P()))
+  checkpoints = ocp.CheckpointManager(workdir)
+  first = checkpoints.latest_step() or 0
+  if first:
+    state = checkpoints.restore(first, args=ocp.args.StandardRestore(state))
   yield None, state
   for step in range(first, config.num_steps):
     examples = jax.device_put(
@@ -109,5 +112,6 @@ def train(config, workdir):
     )
     state, metrics = train_step(state, examples, key)
     if step + 1 == config.checkpoint_every:
-      checkpoints.save_checkpoint(workdir, state, step + 1)
+      checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
+      checkpoints.wait_until_finished()
     yield metrics["loss"], state

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import linen as nn
-from flax import serialization
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -41,7 +41,7 @@ class Vae(nn.Module):
 def batch(step, size):
   """Returns images [size, 16] of zeros and ones, of two kinds."""
   rng = np.random.default_rng(step)
-  kinds = rng.integers(2, size=(size, 1)) == np.arange(16) // 8
+  kinds = (rng.random((size, 1)) < 0.9) == np.arange(16) // 8
   return (kinds ^ (rng.random((size, 16)) < 0.05)).astype(np.float32)
 
 
@@ -71,12 +71,12 @@ def train(config, workdir):
   state = train_state.TrainState.create(
     apply_fn=model.apply, params=params, tx=make_tx(config)
   )
-  path = workdir / "state.msgpack"
-  if path.exists():
-    state = serialization.from_bytes(state, path.read_bytes())
-  first = int(state.step)
   mesh = jax.make_mesh((config.devices,), ("data",), (AxisType.Auto,))
   state = jax.device_put(state, NamedSharding(mesh, P()))
+  checkpoints = ocp.CheckpointManager(workdir)
+  first = checkpoints.latest_step() or 0
+  if first:
+    state = checkpoints.restore(first, args=ocp.args.StandardRestore(state))
   yield None, state
   for step in range(first, config.num_steps):
     images = jax.device_put(
@@ -84,5 +84,6 @@ def train(config, workdir):
     )
     state, loss = train_step(state, images, jax.random.fold_in(key, step))
     if step + 1 == config.checkpoint_every:
-      path.write_bytes(serialization.to_bytes(state))
+      checkpoints.save(step + 1, args=ocp.args.StandardSave(state))
+      checkpoints.wait_until_finished()
     yield loss, state

@@ -84,6 +84,8 @@ def configure(job, devices, optimizer=None):
     config.devices = devices
   if optimizer:
     config.optimizer = optimizer
+  if optimizer != "mechanic":  # Whose first steps are small.
+    config.num_steps, config.checkpoint_every = 10, 5
   return config
 
 
@@ -156,7 +158,7 @@ def changed(diff):
 
 @pytest.mark.parametrize("diff", DIFFS)
 def test_a_diff_is_a_few_lines(diff):
-  added, removed = changed(diff)
+  added, _ = changed(diff)
   assert all(len(line) <= 81 for line in added)
   if diff.endswith(".full"):
     assert len(added) <= 18
@@ -178,33 +180,79 @@ def test_the_page_says_how_many_lines():
     assert link in page
 
 
-def slow_unless(dear, *case):
-  return pytest.param(*case, marks=[] if not dear else [pytest.mark.slow])
+# The rest is slow, and what is neither listed nor drawn by `flips` exhaustive.
+FAST = {
+  "bare_optax.tx": ["mechanic"],
+  "dataclass_config.tx": ["mechanic"],
+  "gemma.full": ["mechanic"],
+  "imagenet.full": ["mechanic"],
+  "mnist.full": ["mechanic", "momo", "sam"],
+  "vae.full": ["mechanic", "momo", "sam"],
+}
 
 
-@pytest.mark.parametrize("devices", [8, slow_unless(True, 1)])
-@pytest.mark.parametrize("diff", DIFFS)
+def devices(diff):
+  return (8,) if diff.split(".")[0] in REGRESSIONS else (8, 1)
+
+
+def unflipped():
+  """Yields diff and number of devices."""
+  for diff in DIFFS:
+    for number in devices(diff):
+      marks = [pytest.mark.slow if number == 8 else pytest.mark.exhaustive]
+      if diff in ("mnist.full", "vae.full") and number == 8:
+        marks = []
+      if diff.split(".")[0] in REGRESSIONS:
+        marks = []
+      yield pytest.param(diff, number, marks=marks)
+
+
+@pytest.mark.parametrize(("diff", "devices"), unflipped())
 def test_until_the_flag_is_flipped_nothing_changes(diff, devices, tmp_path):
-  name, step = diff.split(".")
-  (tmp_path / "before").mkdir()
-  (tmp_path / "after").mkdir()
-  job = load(name)
-  before = run(job, configure(job, devices), tmp_path / "before")
-  job = load(name, step)
-  after = run(job, configure(job, devices), tmp_path / "after")
+  runs = []
+  for step in (None, diff.split(".")[1]):
+    job = load(diff.split(".")[0], step)
+    (tmp_path / str(step)).mkdir()
+    runs.append(run(job, configure(job, devices), tmp_path / str(step)))
+  before, after = runs
   assert after.losses == before.losses
   assert_equal(after.params, before.params)
 
 
+def takes(diff, row):
+  """Returns whether a diff gives a method what it needs."""
+  return diff.endswith(".full") or not row.needs
+
+
+def refuses(diff, row):
+  """Returns whether a job's batch statistics bar a method."""
+  return diff == "imagenet.full" and "per_example" in row.needs
+
+
 def flips():
-  """Yields diff, optimizer and number of devices."""
-  for diff in DIFFS:
-    name, step = diff.split(".")
-    for optimizer, row in METHODS.items():
-      if row.needs and step == "tx":
+  """Yields diff, optimizer and number of devices: every combination.
+
+  Each optimizer is tried with one NNX job and one of Linen's in turns, each
+  time another step and number of devices; the others are exhaustive.
+  """
+  shapes = ["mnist", "gemma"], ["imagenet", "lm1b", "vae", "seq2seq"]
+  for i, (optimizer, row) in enumerate(METHODS.items()):
+    drawn = []
+    for j, names in enumerate(shapes):
+      step = "full" if row.needs or (i // 2 + j) % 2 else "tx"
+      drawn.append(
+        (f"{names[i % len(names)]}.{step}", (8, 1)[(i // 4 + j) % 2])
+      )
+    for diff in DIFFS:
+      if not takes(diff, row) or refuses(diff, row):
         continue
-      for devices in (8,) if name in REGRESSIONS else (1, 8):
-        yield diff, optimizer, devices
+      for number in devices(diff):
+        mark = pytest.mark.exhaustive
+        if (diff, number) in drawn:
+          mark = pytest.mark.slow
+        fast = number == 8 and optimizer in FAST.get(diff, ())
+        marks = [] if fast else [mark]
+        yield pytest.param(diff, optimizer, number, marks=marks)
 
 
 @pytest.mark.parametrize(("diff", "optimizer", "devices"), flips())
@@ -243,7 +291,7 @@ def test_the_flag_flipped(diff, optimizer, devices, tmp_path):
     ("dpsgd", "needs a gradient for each example: call minimize, or update"),
   ],
 )
-@pytest.mark.parametrize("name", ["dataclass_config", "mnist"])
+@pytest.mark.parametrize("name", ["dataclass_config", "vae"])
 def test_what_a_gradient_is_not_enough_for_says_so(
   name, optimizer, words, tmp_path
 ):
@@ -253,12 +301,19 @@ def test_what_a_gradient_is_not_enough_for_says_so(
     run(job, config, tmp_path)
 
 
+def test_batch_statistics_bar_a_gradient_for_each_example(tmp_path):
+  job = load("imagenet", "full")
+  with pytest.raises(flax_mechanic.UsageError, match="batch statistics"):
+    run(job, configure(job, 8, "dpsgd"), tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["mechanic", "adamw", "schedule_free"])
 @pytest.mark.parametrize("step", ["tx", "full"])
 def test_steps_that_a_dynamic_scale_skips(step, optimizer, tmp_path):
   job = load("imagenet", step)
   config = configure(job, 8, optimizer)
+  config.num_steps = 30
   config.loss_scale = 2.0**127  # Overflows, and is halved, at the start.
   states, taken = job.train(config, tmp_path), []
   next(states)

@@ -72,10 +72,7 @@ def make_tx(config):
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, rate, config.warmup_steps, config.num_steps
   )
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, weight_decay=config.weight_decay),
-  )
+  return optax.adamw(schedule, weight_decay=config.weight_decay)
 
 
 def loss_fn(model, batch, rngs):

@@ -70,7 +70,7 @@ def minimize(
 
 
 def _per_example(evaluate, params, carried, args):
-  """Like `evaluate`, with a leading axis, the examples, of what it returns."""
+  """Like `evaluate`, with gradients and effects stacked over the examples."""
   leaves, treedef = jax.tree.flatten(args)
   batched = [_is_batched(leaf) for leaf in leaves]
   sizes = {len(leaf) for leaf, b in zip(leaves, batched, strict=True) if b}

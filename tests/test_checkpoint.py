@@ -274,6 +274,14 @@ def test_the_count_of_a_schedule_that_states_had(tmp_path, integration):
   assert after == {path: before[path] for path in before if path != gone}
 
 
+def test_a_measured_factor_under_its_former_name(tmp_path):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, [{"scalars": {"learning_rate": jnp.float32(0.25)}}])
+    target = [{"scalars": {"factor": jnp.float32(0.0)}}]
+    restored = checkpointer.restore(target).state
+  assert restored == [{"scalars": {"factor": 0.25}}]
+
+
 def run(code, **environment):
   """Returns what a new Python prints."""
   return subprocess.run(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 import flax_mechanic
 from flax_mechanic.errors import UsageError
-from tests import network
+from tests import network, optimizers
 
 
 def make_config(**fields):
@@ -485,6 +485,15 @@ def test_a_peak_replaces_the_learning_rate_of_the_config():
   for peak in (0.0, float("inf")):
     with pytest.raises(UsageError, match=f"peak={peak} must be"):
       flax_mechanic.make_optimizer(config, half, peak=peak)
+
+
+@pytest.mark.parametrize("name", optimizers.NAMES)
+def test_a_state_has_one_learning_rate(name):
+  tx = flax_mechanic.make_optimizer(make_config(optimizer=name))
+  found = optax.tree.get_all_with_path(
+    tx.init(network.params()), "learning_rate"
+  )
+  assert len(found) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,4 @@
-"""State fields that older checkpoints hold under another name, or alone.
-
-Those with another name are all `MechanicState`'s, whose other fields tell them
-from fields of the same name that a base has.
-"""
+"""State fields that older checkpoints hold under another name, or alone."""
 
 import re
 from collections.abc import Container, Iterable, Mapping
@@ -10,8 +6,11 @@ from collections.abc import Container, Iterable, Mapping
 # Mechanic's state, ours or optax's, has these fields, whatever else it has.
 TUNER = frozenset({"r", "m", "v", "s"})
 
-# Present name -> the name in checkpoints of 0.1.0's development versions.
+# Of its fields: present name -> that in checkpoints of 0.1.0's development
+# versions. Its other fields tell them from fields of that name in a base.
 _FORMER = {"usual_norm": "grad_norm", "initial_scale": "s_init"}
+# What the readers of cocob, momo and momo_adam read, and its former path.
+_FACTOR, _FORMER_FACTOR = "scalars/factor", "scalars/learning_rate"
 # The count of the schedule, which the count of the updates next to it equals.
 _GONE = re.compile(r"(^|/)hyperparams_states/learning_rate/count$")
 
@@ -39,4 +38,8 @@ def saved_paths(
       found[path] = path
     elif old in saved and is_mechanic:
       found[path] = old
+    elif path.endswith(_FACTOR):
+      factor = path.removesuffix(_FACTOR) + _FORMER_FACTOR
+      if factor in saved:
+        found[path] = factor
   return found

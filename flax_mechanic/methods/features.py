@@ -122,7 +122,9 @@ def measured(
 
   Args:
     tx: the transformation.
-    measure: `measure(updates, new_state, params)` returns name -> scalar.
+    measure: `measure(updates, new_state, params)` returns name -> scalar, of
+      which "factor" multiplies the learning rate. It is not called that, so
+      that `optax.tree.get` finds one `learning_rate`.
   """
   tx = optax.with_extra_args_support(tx)
 

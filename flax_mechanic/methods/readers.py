@@ -195,7 +195,8 @@ def dowg(state: contrib.DoWGState) -> Scalars:
 
 def measured(state: features.MeasuredState) -> Scalars:
   """Reads what `features.measured` kept."""
-  return dict(state.scalars)
+  found = dict(state.scalars)
+  return found | {"learning_rate": found.pop("factor")}
 
 
 def averaged(state: Any, params: optax.Params) -> optax.Params:

@@ -244,7 +244,7 @@ def _cocob(learning_rate, alpha, **options):
     )
     return {
       "cocob/reward": optax.tree.sum(betting.reward),
-      "learning_rate": optax.tree.sum(rates) / optax.tree.size(rates),
+      "factor": optax.tree.sum(rates) / optax.tree.size(rates),
     }
 
   return features.measured(
@@ -283,7 +283,7 @@ def _momo_step(name, direction, learning_rate, weight_decay):
     step = jnp.where(length > 0, optax.tree.norm(moved) / length, 0.0)
     # The effective learning rate has the cap as a factor already.
     fraction = jnp.where(learning_rate > 0, step / learning_rate, 0.0)
-    return {f"{name}/step": step, "learning_rate": fraction}
+    return {f"{name}/step": step, "factor": fraction}
 
   return measure
 

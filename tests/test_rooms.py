@@ -13,6 +13,7 @@ ROOMS = (
   "flax_mechanic.errors",
   "flax_mechanic.paths",
   "flax_mechanic.placement",
+  "flax_mechanic.mechanic.boxes",
   "flax_mechanic.mechanic.groups",
   "flax_mechanic.mechanic.tuner",
   "flax_mechanic.mechanic.initial_scale",

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 Accept = Callable[[jax.Array, Any], jax.Array]
 
@@ -137,36 +136,7 @@ def init(
     is_wide = jnp.finfo(x.dtype).bits >= 32
     return optax.MaskedNode() if is_wide else jnp.zeros_like(widen(x, dtype))
 
-  return jax.tree.map(x0, params), unboxed(jax.tree.map(delta, params))
-
-
-def unboxed(delta: Any) -> Any:
-  """Returns Delta with each NNX variable that holds no array taken away.
-
-  `nnx.Optimizer` shows variables to `init` and none to `update`.
-  """
-  return jax.tree.map(
-    lambda leaf: leaf if jax.tree.leaves(leaf) else optax.MaskedNode(),
-    delta,
-    is_leaf=_is_variable,
-  )
-
-
-def boxed(delta: Any, params: optax.Params) -> Any:
-  """Undoes `unboxed`, for parameters that may be NNX variables."""
-  variables, treedef = jax.tree.flatten(params, is_leaf=_is_variable)
-  return treedef.unflatten(
-    jax.tree.map(lambda _, kept=kept: kept, variable)
-    if isinstance(kept, optax.MaskedNode)
-    else kept
-    for variable, kept in zip(
-      variables, treedef.flatten_up_to(delta), strict=True
-    )
-  )
-
-
-def _is_variable(node: Any) -> bool:
-  return isinstance(node, nnx.Variable)
+  return jax.tree.map(x0, params), jax.tree.map(delta, params)
 
 
 def reference_point(
@@ -204,7 +174,7 @@ def advance(
     )
   ]
   moved, delta = zip(*advanced, strict=True) if advanced else ((), ())
-  return treedef.unflatten(moved), unboxed(treedef.unflatten(delta))
+  return treedef.unflatten(moved), treedef.unflatten(delta)
 
 
 def widen(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

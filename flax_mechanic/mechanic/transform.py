@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic.mechanic import initial_scale, offset
+from flax_mechanic.mechanic.boxes import without_empty_boxes
 from flax_mechanic.mechanic.groups import Groups
 from flax_mechanic.mechanic.guard import guarded_update
 from flax_mechanic.mechanic.last import refuse_what_follows
@@ -203,7 +204,9 @@ def mechanize(
     groups=groups,
     mean_decay=mean_decay,
   )
-  return optax.GradientTransformationExtraArgs(mechanic.init, mechanic.update)
+  return without_empty_boxes(
+    optax.GradientTransformationExtraArgs(mechanic.init, mechanic.update)
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,8 +340,7 @@ class _Mechanic:
     S = state.scale
     inverse = groups.spread(1 / (S + self.tuner.eps), params)
     S = groups.spread(S, params)
-    delta = offset.boxed(state.delta, params)
-    return _map(of_leaf, params, x0, delta, S, inverse)
+    return _map(of_leaf, params, x0, state.delta, S, inverse)
 
   def _h(
     self, sums: Sequence[jax.Array], state: MechanicState

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic.errors import UsageError
+from flax_mechanic.mechanic.boxes import without_empty_boxes
 from flax_mechanic.methods import features, registry, repairs
 from flax_mechanic.methods.registry import Method
 from flax_mechanic.paths import check_found, matching
@@ -200,7 +201,7 @@ def build(
       tx = optax.chain(features.zero_gradients(freeze), tx)
   needs = frozenset().union(*(row.needs for row in rows))
   caution = _once_about_rounding(rows)
-  tx = repairs.keep_dtypes(repairs.own_buffers(tx))
+  tx = without_empty_boxes(repairs.keep_dtypes(repairs.own_buffers(tx)))
 
   def init(params: optax.Params) -> optax.OptState:
     if is_abstract(params):

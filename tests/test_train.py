@@ -295,6 +295,22 @@ def test_a_run_that_diverged_does_not_end_well(tmp_path):
   assert (tmp_path / "checkpoints" / "10").is_dir()
 
 
+def test_a_run_says_that_it_stopped_when_it_is_saved(tmp_path, monkeypatch):
+  said, wait = [], Checkpointer.wait
+
+  def waits(checkpointer):
+    wait(checkpointer)
+    said.append("saved")
+
+  monkeypatch.setattr(Checkpointer, "wait", waits)
+  monkeypatch.setattr(loop.Progress, "print", lambda _, text: said.append(text))
+  monkeypatch.setattr(loop.processes.Stop, "agreed", lambda _, step: step == 3)
+  loop.train(make_config(), tmp_path)
+  stopped = next(i for i, text in enumerate(said) if "stopped at" in text)
+  assert said[stopped - 1] == "saved"
+  assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
 def test_a_resume_under_other_versions_says_so(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(record, "versions", lambda: {"jax": "0.1", "flax": "0.2"})
   loop.train(make_config(num_steps=10), tmp_path)

@@ -21,15 +21,18 @@ from train import processes, writers
 from train.job import Job, make_job
 from train.progress import Progress
 
-_AT_LEAST_ONE = (
-  "accumulate_steps",
-  "num_steps",
-  "batch_size",
-  "log_every",
-  "eval_every",
-  "checkpoint_every",
-  "checkpoint_keep",
-)
+# Field -> the least value, and the limit below which it has to be.
+_RANGES = {
+  "accumulate_steps": (1, 2**31),
+  "num_steps": (1, 2**31),
+  "batch_size": (1, 2**31),
+  "log_every": (1, 2**31),
+  "eval_every": (1, 2**31),
+  "checkpoint_every": (1, 2**31),
+  "checkpoint_keep": (1, 2**31),
+  "checkpoint_keep_every": (0, 2**31),
+  "seed": (0, 2**32),
+}
 
 
 def train(
@@ -130,11 +133,7 @@ def train(
 
 def _check_ranges(config: ConfigDict) -> None:
   """Raises a UsageError for a number out of its range."""
-  ranges = dict.fromkeys(_AT_LEAST_ONE, (1, 2**31)) | {
-    "checkpoint_keep_every": (0, 2**31),
-    "seed": (0, 2**32),
-  }
-  for field, (low, limit) in ranges.items():
+  for field, (low, limit) in _RANGES.items():
     if not low <= config[field] < limit:
       raise UsageError(
         f"config.{field}={config[field]} must be at least {low}, and below "
@@ -157,7 +156,7 @@ def _check_best(job: Job, best: str) -> None:
 
 
 def _check_finite(evaluation: Mapping[str, float], step: int) -> None:
-  """Raises a UsageError if a loss is NaN or infinite."""
+  """Raises a UsageError if a metric, a loss above all, is not finite."""
   for name, value in evaluation.items():
     if not np.isfinite(value):
       raise UsageError(

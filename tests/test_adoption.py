@@ -193,14 +193,14 @@ def test_other_folders_in_a_workdir_are_ignored(run, tmp_path):
   same(state.params, saved.params)
 
 
-FORMER = {"usual_norm": "grad_norm", "initial_scale": "s_init"}
+FORMER = {"initial_scale": "s_init"}
 
 
 def with_delta_alone(state, leaf_scales):
   """Returns a run as the development versions of 0.1.0 saved it.
 
-  They could keep Delta in place of x0, kept S beside s, and had other names for
-  two fields.
+  They could keep Delta in place of x0, kept S beside s, and had another name
+  for a field.
   """
   saved = state.opt_state._asdict()
   delta = jax.tree.map(
@@ -224,7 +224,7 @@ def test_x0_is_recovered_from_delta(tmp_path, groups):
   found, notes = ours(options, steps=1).init_from(tmp_path / "run")
   assert "restarts" not in notes[-1]
   close(found.opt_state.x0, network.params())
-  for field in ("count", "r", "m", "v", "s", "skipped", "mean_norm"):
+  for field in ("count", "r", "m", "v", "s", "mean_norm"):
     same(getattr(found.opt_state, field), saved["opt_state"][field])
   for field, former in FORMER.items():
     if field in found.opt_state._fields:

@@ -193,6 +193,7 @@ class Old(NamedTuple):
   grad_norm: Any
   scale: Any
   s_init: Any
+  skipped: Any
 
 
 class New(NamedTuple):
@@ -205,9 +206,9 @@ class New(NamedTuple):
   v: Any
   s: Any
   x0: Any
-  usual_norm: Any
   scale: Any
   initial_scale: Any
+  sizes: Any
 
 
 def mechanic(kind, start=0.0):
@@ -216,8 +217,9 @@ def mechanic(kind, start=0.0):
     field: jnp.full(3, start + i) for i, field in enumerate(Old._fields)
   }
   if kind is New:
-    values["usual_norm"] = values["grad_norm"]
     values["initial_scale"] = values["s_init"]
+    # What is known of gradients' sizes starts without any.
+    values["sizes"] = {"peak": jnp.zeros(2), "skipped": values["skipped"]}
   # A base with fields of those names, which are its own.
   values["base_optimizer_state"] = {"grad_norm": jnp.ones(1)}
   return kind(**{field: values[field] for field in kind._fields})
@@ -237,12 +239,15 @@ def test_fields_that_were_renamed_since(tmp_path, form):
     jax.tree.map(np.testing.assert_array_equal, restored, wanted)
     checkpointer.verify(1)
     # Only of Mechanic.
-    base = {"usual_norm": jnp.ones(1)}
+    base = {"initial_scale": jnp.ones(1)}
     target = {
       "params": params,
       "opt": [as_saved(mechanic(New)._replace(base_optimizer_state=base))],
     }
-    with pytest.raises(UsageError, match="state/usual_norm is not in it"):
+    with pytest.raises(
+      UsageError,
+      match="state/initial_scale is not in it",
+    ):
       checkpointer.restore(target)
 
 
@@ -250,6 +255,7 @@ def test_fields_that_were_renamed_since(tmp_path, form):
 def test_the_count_of_a_schedule_that_states_had(tmp_path, integration):
   model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
   config = add_optimizer_config(ConfigDict({"learning_rate": 1.0}), "sgd")
+  config.guard = False
   schedule = lambda count: 0.5**count
   old = optax.inject_hyperparams(
     lambda learning_rate: optax.sgd(learning_rate, momentum=0.9)

@@ -39,7 +39,7 @@ def test_every_option_is_the_method_s_own_default():
     "num_betas": 6,
     "variant": "optax",
     "betas": None,
-    "spike_factor": 1000.0,
+    "spike_factor": 5.0,
     "x0_dtype": None,
     "relative_s_init": 0.01,
     "groups": ".*",
@@ -618,7 +618,9 @@ def test_scalars_read_what_was_learned():
   plain = flax_mechanic.make_optimizer(make_config(), shape)
   found = flax_mechanic.scalars(plain.init(network.params()))
   assert {k: round(float(v), 6) for k, v in found.items()} == {
-    "learning_rate/effective": 0.01
+    "learning_rate/effective": 0.01,
+    "skipped": 0.0,
+    "skipped_in_a_row": 0.0,
   }
   assert flax_mechanic.scalars(optax.sgd(0.1).init(network.params())) == {}
 

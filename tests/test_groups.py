@@ -236,19 +236,22 @@ def test_a_group_without_gradients_waits():
 
 def test_gradients_that_come_late_find_a_small_scale():
   tx = mechanize(optax.adam(1.0), groups=".*", **FLAG)
-  x = {"w": jnp.ones(100)}
+  x = {"early": jnp.ones(100), "late": jnp.ones(100)}
   state, update = tx.init(x), jax.jit(tx.update)
   moved = []
   for step in range(1100):
-    g = jnp.full(100, float(step >= 1000))
+    g = {
+      "early": jnp.full(100, 1.0 - 2.0 * (step % 2)),
+      "late": jnp.full(100, float(step >= 1000)),
+    }
     if step == 1001:
-      x_norm = jnp.linalg.norm(x["w"])
-      delta_norm = jnp.linalg.norm((x["w"] - 1) / state.scale[0])
-    updates, state = update({"w": g}, state, x)
+      x_norm = jnp.linalg.norm(x["late"])
+      delta_norm = jnp.linalg.norm((x["late"] - 1) / state.scale[1])
+    updates, state = update(g, state, x)
     x = optax.apply_updates(x, updates)
-    moved.append(float(jnp.linalg.norm(updates["w"]) / 10))
+    moved.append(float(jnp.linalg.norm(updates["late"]) / 10))
     if step == 1001:
-      first = state.initial_scale
+      first = state.initial_scale[1]
   assert max(moved[:1000]) == 0.0
   assert 0.005 < max(moved[1000:1003]) < 0.1
   # The first offset is taken for the sum of 10 updates, not of 1000.
@@ -256,7 +259,22 @@ def test_gradients_that_come_late_find_a_small_scale():
     first, 0.01 * (1 + x_norm) * np.sqrt(10) / delta_norm, rtol=1e-5
   )
   # Of gradients that are there.
-  np.testing.assert_allclose(state.mean_norm, 10.0, rtol=1e-5)
+  np.testing.assert_allclose(state.mean_norm[1], 10.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", ["", ".*"])
+def test_zeros_in_front_of_the_first_gradient_are_none(groups):
+  # Under weight decay, which moves the parameters without a gradient.
+  tx = mechanize(optax.adamw(1.0), groups=groups, **FLAG)
+  update = jax.jit(tx.update)
+  x = network.params()
+  state = tx.init(x)
+  for _ in range(20):
+    zeros = jax.tree.map(jnp.zeros_like, x)
+    updates, state = update(zeros, state, x)
+    x = optax.apply_updates(x, updates)
+  jax.tree.map(np.testing.assert_array_equal, x, network.params())
+  jax.tree.map(np.testing.assert_array_equal, state, tx.init(x))
 
 
 def test_scalars_tell_the_range():

@@ -345,7 +345,7 @@ def test_a_bad_batch_costs_its_accumulation_only():
       grads = jax.tree.map(lambda g: g * jnp.nan, grads)
     updates, state = update(grads, state, x)
     x = optax.apply_updates(x, updates)
-  assert flax_mechanic.scalars(state)["mechanic/skipped"] == 1
+  assert flax_mechanic.scalars(state)["skipped"] == 1
   assert np.isfinite(flat(x)).all()
   assert np.any(flat(updates) != 0)
 

@@ -8,6 +8,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -296,11 +297,16 @@ class Checkpointer:
     leaves = by_path(pure)
     sources = saved_paths(leaves, descriptions)
     found = self._arrays(step).read(
-      {sources[path]: leaf for path, leaf in leaves.items()}, descriptions
+      {source: leaves[path] for path, source in sources.items()}, descriptions
     )
-    arrays = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: _cast(found[sources[leaf_path(path)]], leaf), pure
-    )
+
+    def value(path, leaf):
+      if (source := sources.get(leaf_path(path))) is None:
+        sharding = getattr(leaf, "sharding", None)
+        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+      return _cast(found[source], leaf)
+
+    arrays = jax.tree_util.tree_map_with_path(value, pure)
     return Restored(
       step,
       _like(target, arrays),

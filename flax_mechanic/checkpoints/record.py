@@ -17,7 +17,7 @@ from flax_mechanic.checkpoints.arrays import (
   describe,
   read_on_all,
 )
-from flax_mechanic.checkpoints.renamed import is_gone, saved_paths
+from flax_mechanic.checkpoints.renamed import is_gone, is_new, saved_paths
 
 _LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
 
@@ -108,10 +108,13 @@ def differences(
   """
   wanted = {path: each["shape"] for path, each in describe(tree).items()}
   sources = saved_paths(wanted, descriptions)
+  missing = [
+    path for path in wanted.keys() - sources.keys() if not is_new(path)
+  ]
   unwanted = [
     path
     for path in descriptions.keys() - set(sources.values())
-    if not part and not is_gone(path)
+    if not part and not is_gone(path, descriptions)
   ]
   reshaped = [
     path
@@ -121,7 +124,7 @@ def differences(
   return [
     f"{path} {what}"
     for paths, what in (
-      (wanted.keys() - sources.keys(), "is not in it"),
+      (missing, "is not in it"),
       (unwanted, "is not wanted"),
       (reshaped, "has another shape"),
     )

@@ -154,7 +154,7 @@ def reference_point(
 
 
 def advance(
-  offsets: Any, u: optax.Updates, S: Any, accept: Accept
+  offsets: Any, u: optax.Updates, S: Any, accept: Accept, restart: jax.Array
 ) -> tuple[optax.Updates, optax.Params]:
   """Returns the parameters' updates, and Delta where it is kept.
 
@@ -163,12 +163,19 @@ def advance(
     u: the base's updates, a tree like it; a leaf that is None stays.
     S: each leaf's new scale, likewise.
     accept: see `Recovered.advance`.
+    restart: whether the parameters go back to x0 instead.
   """
   leaves, treedef = jax.tree.flatten(offsets)
+
+  def put_back(leaf, moved, kept):
+    back = (leaf.x0.astype(leaf.x.dtype) - leaf.x).astype(leaf.x.dtype)
+    kept = jax.tree.map(lambda d: jnp.where(restart, 0.0, d), kept)
+    return jnp.where(restart, back, moved), kept
+
   advanced = [
     (jnp.zeros_like(leaf.x), leaf.kept)
     if u is None
-    else leaf.advance(u, S, accept)
+    else put_back(leaf, *leaf.advance(u, S, accept))
     for leaf, u, S in zip(
       leaves, treedef.flatten_up_to(u), treedef.flatten_up_to(S), strict=True
     )

@@ -14,6 +14,7 @@ After:
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -22,18 +23,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flax_mechanic.mechanic import initial_scale, offset
+from flax_mechanic.mechanic import initial_scale, offset, sizes
 from flax_mechanic.mechanic.boxes import without_empty_boxes
 from flax_mechanic.mechanic.groups import Groups
-from flax_mechanic.mechanic.guard import guarded_update
+from flax_mechanic.mechanic.held import held_update, restarted
 from flax_mechanic.mechanic.last import refuse_what_follows
 from flax_mechanic.mechanic.offset import widen
 from flax_mechanic.mechanic.sums import PAIRS, inner_products
 from flax_mechanic.mechanic.tuner import RULES, Tuner, TunerState
 from flax_mechanic.placement import Shardings, is_abstract
-
-# A spike is measured against a mean over about this many gradients.
-_SPIKE_WINDOW = 10.0
 
 
 class MechanicState(NamedTuple):
@@ -50,9 +48,8 @@ class MechanicState(NamedTuple):
     delta: Delta in float32, a tree like the parameters; a leaf is
       `optax.MaskedNode()` where the parameter is float32 or wider, since Delta
       is then recovered from x and x0.
-    skipped: int32 scalar, gradients skipped so far.
-    usual_norm: mean of the gradient's norm over the last 10 or so gradients,
-      scalar; a spike is measured against it.
+    sizes: what is known about the gradients' sizes, of the whole and of each
+      group, by which bad ones are told.
     scale: S as the parameters have it, x = x0 + scale Delta, scalar; the sum of
       s to rounding.
     initial_scale: what `relative_s_init` measured, scalar; 0 until the base has
@@ -72,8 +69,7 @@ class MechanicState(NamedTuple):
   s: jax.Array
   x0: optax.Params
   delta: optax.Params
-  skipped: jax.Array
-  usual_norm: jax.Array
+  sizes: sizes.Sizes
   scale: jax.Array
   initial_scale: jax.Array
   mean_norm: jax.Array
@@ -82,6 +78,11 @@ class MechanicState(NamedTuple):
   def tuner(self) -> TunerState:
     """The fields that Algorithm 1 moves."""
     return TunerState(self.r, self.m, self.v, self.s)
+
+  @property
+  def skipped(self) -> jax.Array:
+    """How many gradients were skipped so far, int32 scalar."""
+    return self.sizes.skipped
 
 
 def mechanize(
@@ -93,7 +94,7 @@ def mechanize(
   *,
   betas: Sequence[float] | None = None,
   variant: Literal["optax", "pytorch"] = "optax",
-  spike_factor: float | jax.Array = 1000.0,
+  spike_factor: float | jax.Array = sizes.FACTOR,
   x0_dtype: jax.typing.DTypeLike | None = None,
   relative_s_init: jax.typing.ArrayLike | None = None,
   groups: str | Callable[[str], Hashable] = "",
@@ -110,7 +111,9 @@ def mechanize(
     float32 gradients and parameters and keeps its state in float32.
   - A gradient with a NaN or an Inf, one too large to be squared, or a spike
     (see `spike_factor`) is skipped: the parameters, the tuner and the base stay
-    as they are, and `skipped` counts it.
+    as they are, but for schedules, and `state.sizes.skipped` counts it. If the
+    first gradients turn out to have been spikes, everything is put back to the
+    start, the parameters too. Zeros in front of the first gradient are skipped.
   - The state shares no buffer with the parameters, so both can be donated. A
     step reads g, x and x0 once for the inner products and x0 once more in the
     base's pass; it reads and writes nothing else of the parameters' size. The
@@ -138,9 +141,10 @@ def mechanize(
       package mechanic-pytorch (whose s_init is 1e-8), starts from s = 0 and
       m = 1e-6, does not clip, and decays with the parameters after the base's
       update.
-    spike_factor: a finite gradient whose norm exceeds its recent mean this many
-      times is skipped; 0 skips none. A norm that stays high is accepted after a
-      few steps.
+    spike_factor: a finite gradient is a spike if its norm, or that of a group
+      of leaves, exceeds this many times the largest one of late; among the
+      first ten, up to ten times more. A norm that stays high is accepted after
+      25 steps. 0 skips none.
     x0_dtype: of x0 where the parameters are float32 or float64. "bfloat16"
       saves half a copy of the parameters in memory, and an update over adamw
       moves 10 copies instead of 11. The first update rounds the parameters to
@@ -230,18 +234,12 @@ class _Mechanic:
     shape = Groups.of(self.groups, params).shape
     x0, delta = offset.init(params, self.x0_dtype, dtype)
     wide = jax.tree.map(lambda x: widen(x, dtype), params)
-    tuner = self.tuner.init(shape, self.s_init, dtype)
     return MechanicState(
       self.base.init(wide),
-      jnp.zeros([], jnp.int32),
-      *tuner,
       x0=x0,
       delta=delta,
-      skipped=jnp.zeros([], jnp.int32),
-      usual_norm=jnp.zeros([], dtype),
-      scale=jnp.sum(tuner.s, -1),
-      initial_scale=jnp.zeros(shape, dtype),
-      mean_norm=jnp.zeros(shape, dtype),
+      sizes=sizes.init(math.prod(shape), dtype),
+      **self._start(shape, dtype),
     )
 
   def update(
@@ -282,29 +280,42 @@ class _Mechanic:
       groups=groups,
       pairs=PAIRS if self.rho is None else (*PAIRS, "dd"),
     )
-    h, s_init, memory = self._h(sums, state)
-    tuned = self.tuner.update(state.tuner, h, s_init)
-
-    norm = jnp.sqrt(jnp.sum(sums[0]))
-    finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(h))
-    limit = self._limit(state.usual_norm)
-    usual_norm = _mean(
-      state.usual_norm, jnp.minimum(norm, limit), _SPIKE_WINDOW
+    verdict, known = sizes.judge(
+      state.sizes,
+      sums[0],
+      self.spike_factor,
+      finite=jnp.all(jnp.isfinite(jnp.stack(sums))),
+      # An x0 of long ago, such as one of an adopted run, is no start.
+      may_restart=state.count < sizes.YOUNG,
     )
+    h, s_init, memory = self._h(sums, state, verdict.change)
+    tuned = self.tuner.update(state.tuner.resized(verdict.change), h, s_init)
     # Without it XLA:CPU computes the scalars anew in each leaf's fusion (jax
     # 0.12).
-    ok, S = jax.lax.optimization_barrier(
-      (finite & (norm <= limit), jnp.sum(tuned.s, -1))
+    ok, restart, forget, S = jax.lax.optimization_barrier(
+      (
+        verdict.ok,
+        verdict.restart,
+        # What the base remembers of gradients of another size misleads it.
+        verdict.restart | verdict.lasting,
+        jnp.sum(tuned.s, -1),
+      )
     )
     accept = lambda new, old: jnp.where(ok, new, old)
 
     # The base receives g_t and sends u_t.
-    u, base_state = guarded_update(
-      base_update, accept, g, state.base_optimizer_state, x
+    u, base_state = held_update(
+      base_update,
+      accept,
+      g,
+      restarted(forget, self.base.init(x), state.base_optimizer_state),
+      x,
     )
     u = _map(lambda _, g, u: None if g is None else u, params, updates, u)
     # Delta_{t+1} = Delta_t + u_t, x_{t+1} = x0 + S_{t+1} Delta_{t+1}
-    moved, delta = offset.advance(offsets, u, groups.spread(S, params), accept)
+    moved, delta = offset.advance(
+      offsets, u, groups.spread(S, params), accept, restart
+    )
 
     learned = {
       "count": optax.safe_increment(state.count),
@@ -312,15 +323,30 @@ class _Mechanic:
       **tuned._asdict(),
       **memory,
     }
-    kept = {name: getattr(state, name) for name in learned}
+    kept = {
+      name: jnp.where(restart, start, getattr(state, name))
+      for name, start in self._start(groups.shape, dtype).items()
+    }
     return moved, state._replace(
       base_optimizer_state=base_state,
       x0=x0,
       delta=delta,
-      skipped=state.skipped + jnp.where(ok, 0, 1),
-      usual_norm=jnp.where(finite, usual_norm, state.usual_norm),
-      **jax.tree.map(accept, learned, kept),
+      sizes=known,
+      **{name: accept(learned[name], old) for name, old in kept.items()},
     )
+
+  def _start(
+    self, shape: tuple[int, ...], dtype: jnp.dtype
+  ) -> dict[str, jax.Array]:
+    """Returns the fields that an update changes, before the first one."""
+    tuner = self.tuner.init(shape, self.s_init, dtype)
+    return {
+      "count": jnp.zeros([], jnp.int32),
+      **tuner._asdict(),
+      "scale": jnp.sum(tuner.s, -1),
+      "initial_scale": jnp.zeros(shape, dtype),
+      "mean_norm": jnp.zeros(shape, dtype),
+    }
 
   def _offsets(
     self,
@@ -343,7 +369,7 @@ class _Mechanic:
     return _map(of_leaf, params, x0, state.delta, S, inverse)
 
   def _h(
-    self, sums: Sequence[jax.Array], state: MechanicState
+    self, sums: Sequence[jax.Array], state: MechanicState, change: jax.Array
   ) -> tuple[jax.Array, jax.typing.ArrayLike, dict[str, jax.Array]]:
     """Returns h_t, the initial scale, and the fields of the state behind both.
 
@@ -353,7 +379,7 @@ class _Mechanic:
     gg, xx, gd, xd, *dd = sums
     g_norm, x_norm = jnp.sqrt(gg), jnp.sqrt(xx)
     decay, s_init = self.weight_decay * state.scale, self.s_init
-    measured, mean_norm = state.initial_scale, state.mean_norm
+    measured, mean_norm = state.initial_scale, state.mean_norm * change
     if self.rho is not None:
       decay /= jnp.where(measured > 0, measured, jnp.inf)
       measured, s_init = initial_scale.measure(
@@ -369,11 +395,6 @@ class _Mechanic:
       g_norm = mean_norm = _mean(mean_norm, g_norm, state.count + 1)
     h = gd + decay * g_norm / (x_norm + self.tuner.eps) * xd
     return h, s_init, {"initial_scale": measured, "mean_norm": mean_norm}
-
-  def _limit(self, usual_norm: jax.Array) -> jax.Array:
-    """Returns the norm above which a gradient is a spike."""
-    known = (usual_norm > 0) & (self.spike_factor > 0)
-    return jnp.where(known, self.spike_factor * usual_norm, jnp.inf)
 
 
 def _check_numbers(**values: jax.typing.ArrayLike) -> None:

@@ -49,6 +49,15 @@ class TunerState(NamedTuple):
   v: jax.Array
   s: jax.Array
 
+  def resized(self, change: jax.Array) -> "TunerState":
+    """Returns the state as if every h so far had been `change` times as large.
+
+    The scale is then the same.
+    """
+    return TunerState(
+      self.r * change, self.m * change, self.v * change**2, self.s
+    )
+
 
 class Tuner(NamedTuple):
   """The constants of the algorithm.

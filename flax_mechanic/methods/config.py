@@ -17,6 +17,7 @@ from flax_mechanic.methods import registry, stack
 _DEFAULTS = {
   "grad_clip": 0.0,
   "accumulate_steps": 1,
+  "guard": True,
   "freeze": (),
   "no_decay": (),
 }
@@ -42,7 +43,8 @@ def add_optimizer_config(
 
   The fields are `config.optimizer`, `config.opt.<name>.<option>` for every
   registered name, `config.grad_clip` (maximum global norm, 0.0 for none),
-  `config.accumulate_steps` (batches per update), and regular expressions for
+  `config.accumulate_steps` (batches per update), `config.guard` (whether bad
+  gradients are skipped: NaN, Inf, spikes), and regular expressions for
   parameters' paths: `config.freeze` (frozen parameters) and `config.no_decay`
   (parameters without weight decay). The command line can set each of them:
   `--config.optimizer=mechanic --config.opt.mechanic.base=sgd`.
@@ -129,9 +131,9 @@ def make_optimizer(
   Args:
     config: a config that went through `add_optimizer_config`; or any object,
       such as a dataclass, with a field `optimizer`. Its other fields are
-      optional: `learning_rate`, `grad_clip`, `accumulate_steps`, `freeze`,
-      `no_decay`, and `opt`, a dict or a dataclass, name -> option -> value. A
-      field that is missing or None has its default. The default of a
+      optional: `learning_rate`, `grad_clip`, `accumulate_steps`, `guard`,
+      `freeze`, `no_decay`, and `opt`, a dict or a dataclass, name -> option ->
+      value. A field that is missing or None has its default. The default of a
       dataclass's field `optimizer` is the job's own, as in
       `add_optimizer_config`.
     schedule: update count -> learning rate; None is constant. Without `peak`

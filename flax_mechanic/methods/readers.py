@@ -13,6 +13,7 @@ from optax import contrib
 from optax.schedules import InjectStatefulHyperparamsState
 
 from flax_mechanic.mechanic import MechanicState
+from flax_mechanic.mechanic.sizes import Sizes
 from flax_mechanic.methods import features, registry
 from flax_mechanic.methods.registry import Scalars
 
@@ -28,18 +29,22 @@ def scalars(opt_state: Any) -> Scalars:
       part of `nnx.state(optimizer)`.
 
   Returns:
-    Name -> scalar: each method's own, such as "mechanic/scale", and
+    Name -> scalar: each method's own, such as "mechanic/scale";
     "learning_rate/effective", the schedule's present value times the scales
-    learned on top of it.
+    learned on top of it; and where bad gradients are skipped, "skipped", how
+    many were, and "skipped_in_a_row", how many since the last good one.
 
   Example:
     >>> import jax.numpy as jnp, optax
     >>> from flax_mechanic import mechanize
     >>> state = mechanize(optax.sgd(1.0)).init({"w": jnp.ones(2)})
     >>> sorted(scalars(state))
-    ['learning_rate/effective', 'mechanic/scale', 'mechanic/skipped']
+    ['learning_rate/effective', 'mechanic/scale', 'skipped', 'skipped_in_a_row']
   """
-  readers = {InjectStatefulHyperparamsState: injected_learning_rate}
+  readers = {
+    InjectStatefulHyperparamsState: injected_learning_rate,
+    Sizes: skipped,
+  }
   found: Scalars = {}
   factors = []
   for read, state in _find("scalars", nnx.as_pure(opt_state), readers):
@@ -145,12 +150,19 @@ def injected_learning_rate(state: InjectStatefulHyperparamsState) -> Scalars:
   }
 
 
+def skipped(state: Sizes) -> Scalars:
+  """Reads how many gradients were skipped, in all and since the last good."""
+  return {
+    "skipped": state.skipped,
+    "skipped_in_a_row": state.skipped_in_a_row,
+  }
+
+
 def mechanic(state: MechanicState) -> Scalars:
   """Reads the learned scale: its mean and range over groups."""
   scale = jnp.mean(state.scale)
   found = {
     "mechanic/scale": scale,
-    "mechanic/skipped": state.skipped,
     "learning_rate": scale,
   }
   if state.scale.ndim:

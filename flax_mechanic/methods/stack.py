@@ -13,6 +13,7 @@ import optax
 from flax_mechanic.errors import UsageError
 from flax_mechanic.mechanic.boxes import without_empty_boxes
 from flax_mechanic.methods import features, registry, repairs
+from flax_mechanic.methods import guard as guard_lib
 from flax_mechanic.methods.registry import Method
 from flax_mechanic.paths import check_found, matching
 from flax_mechanic.placement import is_abstract
@@ -142,11 +143,12 @@ def build(
   accumulate_steps: int = 1,
   freeze: Sequence[str] = (),
   no_decay: Sequence[str] = (),
+  guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
   """Builds the transformation of a stack.
 
   From the outside in: rows that make their own gradient, frozen parameters,
-  accumulation, clipping, the other rows.
+  accumulation, the guard against bad gradients, clipping, the other rows.
 
   Args:
     rows: the outermost wrapper first.
@@ -159,6 +161,7 @@ def build(
       frozen.
     no_decay: regular expressions; parameters whose path contains a match are
       not decayed.
+    guard: whether bad gradients are skipped.
 
   Raises:
     UsageError: an option that the stack cannot take; by `init`, a pattern that
@@ -175,7 +178,9 @@ def build(
       "--config.opt.differentially_private_aggregate.base=sgd"
     )
   arguments = {
-    row.name: _arguments(rows[:i], row, options) for i, row in enumerate(rows)
+    row.name: _arguments(rows[:i], row, options)
+    | ({} if guard else row.unguarded)
+    for i, row in enumerate(rows)
   }
 
   schedule = (
@@ -189,6 +194,8 @@ def build(
       tx = _build_row(row, tx, schedule, **arguments[row.name])
     if grad_clip:
       tx = optax.chain(optax.clip_by_global_norm(grad_clip), tx)
+    if guard and not any(row.unguarded for row in below):
+      tx = guard_lib.guard(tx)
     if accumulate_steps > 1:
       tx = features.accumulate(tx, accumulate_steps)
   if freeze:

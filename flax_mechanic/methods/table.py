@@ -9,6 +9,7 @@ from optax import contrib
 
 from flax_mechanic.mechanic import MechanicState, mechanize
 from flax_mechanic.methods import features, readers, repairs
+from flax_mechanic.methods.guard import guard
 from flax_mechanic.methods.registry import default_options, register
 
 _MOVES_PARAMETERS = (
@@ -35,6 +36,7 @@ def _register_mechanic(
     },
     tuned=False,
     schedule=None,
+    unguarded={"spike_factor": 0.0},
     refuses={"schedule_free": _MOVES_PARAMETERS},
     cautions=dict.fromkeys(
       ("lars", "lamb"),
@@ -416,9 +418,10 @@ def _dpsgd(
   learning_rate, l2_norm_clip, noise_multiplier, seed, momentum, nesterov
 ):
   # contrib.dpsgd hands its seed on to a deprecated argument (optax 0.2.8).
+  # What was clipped and noised may be judged without a loss of privacy.
   return optax.chain(
     _aggregate(l2_norm_clip, noise_multiplier, seed),
-    optax.sgd(learning_rate, momentum, nesterov),
+    guard(optax.sgd(learning_rate, momentum, nesterov)),
   )
 
 

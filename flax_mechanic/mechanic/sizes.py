@@ -1,0 +1,154 @@
+"""Which gradients are bad: judged by the sizes of the good ones before."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# A spike is so many times as large as the largest gradient of late; among the
+# first gradients, when little is known, up to so many times more.
+FACTOR = 5.0
+YOUNG = 10
+# Of late: the largest size is forgotten at this rate.
+_DECAY = 0.98
+# A part of the gradient that is smaller than this fraction of the whole does
+# no harm, whatever its own size was.
+_PART = 0.1
+# The first gradients were bad if a later one is so many times smaller.
+_RESTART = 50.0
+# So many unusual gradients in a row are a lasting change. A gradient is
+# unusually small if it is so many times smaller than the smallest of late;
+# where gradients vanish bit by bit, as on data that is memorized, none is.
+_LASTING = 25
+_SMALL = 20.0
+
+
+class Sizes(NamedTuple):
+  """What is known about the sizes of the gradients.
+
+  Attributes:
+    peak: the largest norms of late that were accepted, [1 + parts]: that of the
+      whole gradient, and those of its parts (leaves or groups of them); 0 where
+      none was above 0 yet.
+    least: the smallest norm of the whole of late, scalar.
+    pending: the largest norms since the sizes are unusual, like `peak`.
+    unusual: int32 scalar, how many in a row were unusual.
+    young: int32 scalar, how many gradients are still to come that count as the
+      first ones.
+    skipped: int32 scalar, gradients skipped so far.
+    skipped_in_a_row: int32 scalar, those since the last that was accepted.
+  """
+
+  peak: jax.Array
+  least: jax.Array
+  pending: jax.Array
+  unusual: jax.Array
+  young: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+
+class Verdict(NamedTuple):
+  """What to do with a gradient, scalars.
+
+  Attributes:
+    ok: whether it is used; otherwise nothing changes.
+    restart: whether the ones before it were bad, so that the optimizer has to
+      be as before the first; then it is not used.
+    lasting: whether a lasting change of the sizes is accepted.
+    change: by how much it has multiplied them; 1 if there is none.
+  """
+
+  ok: jax.Array
+  restart: jax.Array
+  lasting: jax.Array
+  change: jax.Array
+
+
+def init(parts: int, dtype: jnp.dtype) -> Sizes:
+  """Returns the state before the first gradient."""
+  return Sizes(
+    peak=jnp.zeros([1 + parts], dtype),
+    least=jnp.zeros([], dtype),
+    pending=jnp.zeros([1 + parts], dtype),
+    unusual=jnp.zeros([], jnp.int32),
+    young=jnp.full([], YOUNG, jnp.int32),
+    skipped=jnp.zeros([], jnp.int32),
+    skipped_in_a_row=jnp.zeros([], jnp.int32),
+  )
+
+
+def judge(
+  state: Sizes,
+  squares: jax.Array,
+  factor: jax.typing.ArrayLike = FACTOR,
+  finite: jax.typing.ArrayLike = True,
+  may_restart: jax.typing.ArrayLike = True,
+) -> tuple[Verdict, Sizes]:
+  """Judges a gradient by its size and those before it.
+
+  - One that is not finite, or that is too large to be squared, is bad.
+  - So is a spike: the norm of the whole or of a part is more than `factor`
+    times the largest one of late. A bad gradient does not change what is
+    known, so that any number of them is told from good ones. But after 25
+    unusual gradients in a row, the size that they have is the usual one.
+  - If one of the first ten is 50 times smaller than those before it, those were
+    bad.
+  - Zeros in front of the first gradient are no gradients.
+
+  Args:
+    state: what is known.
+    squares: squared norms of the parts, [parts] or a scalar.
+    factor: of a spike; 0 for judging whether it is finite alone.
+    finite: whether what else was computed from the gradient is finite.
+    may_restart: whether the optimizer can be put back to its start.
+
+  Returns:
+    What to do, and what is known now.
+  """
+  squares = jnp.ravel(squares)
+  norms = jnp.sqrt(jnp.append(jnp.sum(squares), squares)).astype(
+    state.peak.dtype
+  )
+  norm, peak = norms[0], state.peak[0]
+  finite &= jnp.isfinite(norm)
+  judged = finite & (norm > 0) & (jnp.asarray(factor) > 0)
+  limits = factor * (1 + state.young) * state.peak
+  is_spike = judged & jnp.any(
+    (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
+  )
+  is_young = may_restart & (state.young > 0)
+  restart = judged & is_young & (_RESTART * norm < peak)
+  is_small = judged & (_SMALL * norm < state.least)
+
+  unusual = jnp.where(is_spike | is_small, state.unusual + 1, 0)
+  pending = jnp.maximum(norms, jnp.where(unusual > 1, state.pending, 0.0))
+  lasting = unusual >= _LASTING
+  ok = finite & ~restart & (~is_spike | lasting)
+  # Unless zeros come first, of which nothing follows.
+  known = (norm > 0) | (peak > 0)
+
+  usual = ok & ~is_small & (norm > 0)
+  recent = jnp.where(
+    norms > 0, jnp.maximum(norms, _DECAY * state.peak), state.peak
+  )
+  least = jnp.minimum(
+    norm, jnp.where(state.least > 0, state.least / _DECAY, jnp.inf)
+  )
+  known_anew = restart | lasting
+  skipped = ~ok
+  change = jnp.where(lasting, pending[0] / peak, 1.0)
+  return Verdict(ok & known, restart, lasting, change), Sizes(
+    peak=jnp.where(
+      known_anew,
+      jnp.where(restart, norms, pending),
+      jnp.where(usual, recent, state.peak),
+    ),
+    least=jnp.where(known_anew, norm, jnp.where(usual, least, state.least)),
+    # A gradient that is not finite says nothing about sizes.
+    pending=jnp.where(finite, pending, state.pending),
+    unusual=jnp.where(finite, jnp.where(lasting, 0, unusual), state.unusual),
+    young=jnp.maximum(state.young - (finite & (norm > 0)), 0),
+    skipped=state.skipped + skipped,
+    skipped_in_a_row=jnp.where(skipped, state.skipped_in_a_row + 1, 0),
+  )

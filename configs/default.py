@@ -42,6 +42,9 @@ def get_config() -> ml_collections.ConfigDict:
   # A metric, such as eval/loss: the checkpoint with its smallest value is kept.
   # A minus sign keeps the largest value: -eval/accuracy.
   config.checkpoint_best = ""
+  # The run ends when so many gradients in a row were skipped, since they were
+  # not finite or far larger than usual; 0 for never.
+  config.max_skipped_in_a_row = 100
   # Steps between lines of the log and of metrics.jsonl.
   config.log_every = 10
 
@@ -66,7 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Keep the optimizer's state in pinned host memory.
   config.offload_optimizer_state = False
 
-  # config.optimizer, config.opt.<name>.<option>, config.grad_clip and
-  # config.accumulate_steps.
+  # config.optimizer, config.opt.<name>.<option>, config.guard,
+  # config.grad_clip, config.accumulate_steps and others.
   flax_mechanic.add_optimizer_config(config)
   return config

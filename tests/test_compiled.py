@@ -148,6 +148,7 @@ def job_collectives(name, base, embed_dim=32, num_layers=1, **fields):
   [
     ("mechanic", "adamw", False),
     ("mechanic", "adamw", True),
+    ("adamw", None, True),
     ("prodigy", None, False),
     ("dadapt_adamw", None, False),
     ("momo_adam", None, True),
@@ -158,10 +159,9 @@ def job_collectives(name, base, embed_dim=32, num_layers=1, **fields):
 def test_what_a_method_moves_does_not_grow(name, base, shard_optimizer_state):
   added = []
   for size in ({}, {"embed_dim": 64, "num_layers": 2}):
-    of = lambda name, base, size=size: job_collectives(
-      name, base, shard_optimizer_state=shard_optimizer_state, **size
-    )
-    alone, found = of("adamw", None), of(name, base)
+    fields = {"shard_optimizer_state": shard_optimizer_state, **size}
+    alone = job_collectives("adamw", None, guard=False, **fields)
+    found = job_collectives(name, base, **fields)
     for kind in (*MOVES, "reduce-scatter"):
       assert found[kind] == alone[kind]
     count, size = (
@@ -174,8 +174,10 @@ def test_what_a_method_moves_does_not_grow(name, base, shard_optimizer_state):
     # Five sums for each of a block's nine leaves and three more, in one.
     assert small == (1, 4 * 5 * (9 + 3))
     assert large == (1, 4 * 5 * (2 * 9 + 3))
-  elif name == "schedule_free":
-    assert small == large == (0, 0)
+  elif name in ("adamw", "schedule_free"):
+    # The guard's sum for each leaf.
+    assert small == (1, 4 * (9 + 3))
+    assert large == (1, 4 * (2 * 9 + 3))
   else:
     # A number a leaf and sum; a CPU does not merge them all.
     assert large[1] < 1024

@@ -4,7 +4,7 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _RANGES = {
   "checkpoint_every": (1, 2**31),
   "checkpoint_keep": (1, 2**31),
   "checkpoint_keep_every": (0, 2**31),
+  "max_skipped_in_a_row": (0, 2**31),
   "seed": (0, 2**32),
 }
 
@@ -58,7 +59,8 @@ def train(
 
   Raises:
     UsageError: a value in the config is out of range, the newest checkpoint
-      does not fit it, or a loss is not finite at the end.
+      does not fit it, too many gradients in a row were skipped, or a loss is
+      not finite at the end.
   """
   _check_ranges(config)
   workdir = Path(workdir)
@@ -90,9 +92,12 @@ def train(
       for text in (job.task.description, _where(job), overview, *notes):
         progress.print(text)
       clock = _Clock(start)
+      skips = _Skips(state, config.max_skipped_in_a_row)
       evaluation = {}
       for step in range(start + 1, config.num_steps + 1):
         state, metrics = job.train_step(state, job.train_batch(step - 1))
+        for text in skips.told(step, metrics):
+          progress.print(text)
         stopped = stop.agreed(step)
         last = step == config.num_steps
         news = {}
@@ -118,6 +123,8 @@ def train(
           progress.print(f"stopped at step {step}; the same command resumes")
           writer.close()
           return evaluation
+      for text in skips.told(config.num_steps + 1, {}):
+        progress.print(text)
       evaluation = evaluation or _evaluate(job, state)
       report = job.report(state)
       if report:
@@ -216,6 +223,54 @@ def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:
 
 def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
   return {name: float(value) for name, value in metrics.items()}
+
+
+class _Skips:
+  """Tells of skipped gradients, and ends a run of nothing else."""
+
+  def __init__(self, state: nnx.State, most: int):
+    """Reads what was skipped before the first step.
+
+    Args:
+      state: of the job.
+      most: how many may be skipped in a row, 0 for any number.
+    """
+    scalars = flax_mechanic.scalars(state["optimizer"]["opt_state"])
+    self._skipped = int(scalars.get("skipped", 0))
+    self._most = most
+    self._step_before: tuple[int, Mapping[str, jax.Array]] | None = None
+
+  def told(self, step: int, metrics: Mapping[str, jax.Array]) -> Iterator[str]:
+    """Yields sentences about the step before this one.
+
+    This one is under way, and reading its metrics would wait for it.
+
+    Raises:
+      UsageError: too many were skipped in a row.
+    """
+    before, self._step_before = self._step_before, (step, metrics)
+    step, metrics = before or (0, {})
+    if "skipped" not in metrics:
+      return
+    skipped = int(metrics["skipped"])
+    if skipped == self._skipped:
+      return
+    self._skipped = skipped
+    in_a_row = int(metrics["skipped_in_a_row"])
+    if in_a_row.bit_count() == 1:  # Of many in a row, ever fewer are told.
+      row = f", {in_a_row} in a row" if in_a_row > 1 else ""
+      yield (
+        f"step {step}: skipped a gradient that is not finite or far larger "
+        f"than usual ({skipped} so far{row})"
+      )
+    if 0 < self._most <= in_a_row:
+      raise UsageError(
+        f"step {step}: the last {in_a_row} gradients were skipped, since they "
+        "were not finite or far larger than usual, so the run cannot go on; "
+        "its checkpoints are from before; look for what is wrong with the data "
+        "or the loss, or take a smaller --config.learning_rate, and the same "
+        "command resumes"
+      )
 
 
 class _Clock:

@@ -53,21 +53,20 @@ def saved_paths(
   wanted: Iterable[str], saved: Collection[str]
 ) -> Mapping[str, str]:
   """Returns path -> the path under which it is saved, for those that are."""
-  wanted = list(wanted)
-  guards = {path.removesuffix(_PEAK) for path in wanted if path.endswith(_PEAK)}
-  former_guards = {
-    path.removesuffix(_PEAK) for path in saved if path.endswith(_PEAK)
-  }
+  guards = [path.removesuffix(_PEAK) for path in saved if path.endswith(_PEAK)]
   found = {}
   for path in wanted:
-    unguarded = path
-    for guard in guards - former_guards:
-      if path.startswith(guard + _INNER):
-        unguarded = guard + path.removeprefix(guard + _INNER)
-    for guard in former_guards - guards:
-      if path.startswith(guard):
-        unguarded = guard + _INNER + path.removeprefix(guard)
-    source = _renamed(unguarded, saved)
+    unguarded = [
+      path[: match.start()] + path[match.end() :]
+      for match in re.finditer(_INNER, path)
+    ]
+    guarded = [
+      guard + _INNER + path.removeprefix(guard)
+      for guard in guards
+      if path.startswith(guard)
+    ]
+    sources = (_renamed(each, saved) for each in (path, *unguarded, *guarded))
+    source = next((each for each in sources if each is not None), None)
     if source is not None:
       found[path] = source
   return found

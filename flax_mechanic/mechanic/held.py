@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -14,12 +14,25 @@ from optax.schedules import InjectStatefulHyperparamsState
 _SCHEDULES = (optax.ScaleByScheduleState, InjectStatefulHyperparamsState)
 
 
+class Restart(NamedTuple):
+  """When a state goes back to its start.
+
+  Attributes:
+    now: whether it does, bool scalar.
+    start: the state before the first update.
+  """
+
+  now: jax.Array
+  start: optax.OptState
+
+
 def held_update(
   update: Callable[..., tuple[optax.Updates, optax.OptState]],
   accept: Callable[[jax.Array, jax.Array], jax.Array],
   grads: optax.Updates,
   state: optax.OptState,
-  params: optax.Params,
+  params: optax.Params | None,
+  restart: Restart | None = None,
 ) -> tuple[optax.Updates, optax.OptState]:
   """Returns the updates and `accept(new, old)` of each leaf of the state.
 
@@ -38,27 +51,47 @@ def held_update(
     grads: the gradient.
     state: the base's.
     params: the parameters.
+    restart: when the update is made from another state, if it may be.
   """
   closed, shapes = jax.make_jaxpr(update, return_shape=True)(
     grads, state, params
   )
   jaxpr = closed.jaxpr
-  old_leaves, treedef = jax.tree.flatten(state)
-  new_atoms = jaxpr.outvars[len(jaxpr.outvars) - len(old_leaves) :]
-  goes_on = jax.tree.leaves(_of_schedules(state))
+  leaves, treedef = jax.tree.flatten(state)
+  new_atoms = jaxpr.outvars[len(jaxpr.outvars) - len(leaves) :]
+  first = len(jax.tree.leaves(grads))
+  old_atoms = jaxpr.invars[first : first + len(leaves)]
+  # A leaf that no update changes, such as a reference point, is as it was at
+  # the start.
+  fixed = [
+    free or new is old
+    for free, new, old in zip(
+      jax.tree.leaves(_of_schedules(state)), new_atoms, old_atoms, strict=True
+    )
+  ]
+  old_leaves = leaves
+  if restart is not None:
+    old_leaves = [
+      old if keep else jnp.where(restart.now, new.astype(old.dtype), old)
+      for old, new, keep in zip(
+        leaves, jax.tree.leaves(restart.start), fixed, strict=True
+      )
+    ]
   # An atom may be a constant, and one variable may stand for two leaves.
   uses = collections.Counter(map(id, new_atoms))
   old = {
     id(atom): leaf
-    for atom, leaf, free in zip(new_atoms, old_leaves, goes_on, strict=True)
-    if uses[id(atom)] == 1 and atom.aval == jax.typeof(leaf) and not free
+    for atom, leaf, keep in zip(new_atoms, old_leaves, fixed, strict=True)
+    if uses[id(atom)] == 1 and atom.aval == jax.typeof(leaf) and not keep
   }
 
-  inputs = jax.tree.leaves((grads, state, params))
+  inputs = [*jax.tree.leaves(grads), *old_leaves, *jax.tree.leaves(params)]
   values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   values |= zip(jaxpr.invars, inputs, strict=True)
   read = lambda atom: (
-    atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
+    jnp.asarray(atom.val)
+    if isinstance(atom, jax.extend.core.Literal)
+    else values[atom]
   )
   kept = set()
   for equation in jaxpr.eqns:
@@ -78,34 +111,12 @@ def held_update(
     map(read, jaxpr.outvars)
   )
   new_leaves = [
-    new if id(atom) in kept or free else accept(new, leaf)
-    for atom, new, leaf, free in zip(
-      new_atoms, jax.tree.leaves(new_state), old_leaves, goes_on, strict=True
+    new if id(atom) in kept or keep else accept(new, leaf)
+    for atom, new, leaf, keep in zip(
+      new_atoms, jax.tree.leaves(new_state), old_leaves, fixed, strict=True
     )
   ]
   return updates, treedef.unflatten(new_leaves)
-
-
-def restarted(
-  restart: jax.Array, start: optax.OptState, state: optax.OptState
-) -> optax.OptState:
-  """Returns `start` if `restart`, else `state`; schedules go on.
-
-  Args:
-    restart: bool scalar.
-    start: the state before the first update.
-    state: the state.
-  """
-  leaves, treedef = jax.tree.flatten(state)
-  return treedef.unflatten(
-    old if free else jnp.where(restart, new.astype(old.dtype), old)
-    for new, old, free in zip(
-      jax.tree.leaves(start),
-      leaves,
-      jax.tree.leaves(_of_schedules(state)),
-      strict=True,
-    )
-  )
 
 
 def _of_schedules(state: optax.OptState) -> Any:

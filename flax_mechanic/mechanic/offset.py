@@ -184,6 +184,6 @@ def advance(
   return treedef.unflatten(moved), treedef.unflatten(delta)
 
 
-def widen(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def widen(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns x in `dtype`, or in its own dtype if that is wider or complex."""
   return x.astype(jnp.promote_types(x.dtype, dtype))

@@ -65,7 +65,7 @@ class Verdict(NamedTuple):
   change: jax.Array
 
 
-def init(parts: int, dtype: jnp.dtype) -> Sizes:
+def init(parts: int, dtype: jax.typing.DTypeLike) -> Sizes:
   """Returns the state before the first gradient."""
   return Sizes(
     peak=jnp.zeros([1 + parts], dtype),
@@ -82,8 +82,8 @@ def judge(
   state: Sizes,
   squares: jax.Array,
   factor: jax.typing.ArrayLike = FACTOR,
-  finite: jax.typing.ArrayLike = True,
-  may_restart: jax.typing.ArrayLike = True,
+  finite: jax.Array | bool = True,
+  may_restart: jax.Array | bool = True,
 ) -> tuple[Verdict, Sizes]:
   """Judges a gradient by its size and those before it.
 
@@ -111,13 +111,13 @@ def judge(
     state.peak.dtype
   )
   norm, peak = norms[0], state.peak[0]
-  finite &= jnp.isfinite(norm)
+  finite = jnp.isfinite(norm) & finite
   judged = finite & (norm > 0) & (jnp.asarray(factor) > 0)
   limits = factor * (1 + state.young) * state.peak
   is_spike = judged & jnp.any(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
-  is_young = may_restart & (state.young > 0)
+  is_young = (state.young > 0) & may_restart
   restart = judged & is_young & (_RESTART * norm < peak)
   is_small = judged & (_SMALL * norm < state.least)
 

@@ -33,7 +33,7 @@ def inner_products(
   g: optax.Updates,
   x: optax.Params,
   delta: optax.Params,
-  dtype: jnp.dtype,
+  dtype: jax.typing.DTypeLike,
   shardings: Shardings | None = None,
   *,
   groups: Groups | None = None,
@@ -56,7 +56,7 @@ def inner_products(
     groups: of the leaves; by default there is one, and the sums are scalars.
     pairs: which products, such as ("gd", "dd").
   """
-  products = _Products(tuple(pairs), dtype)
+  products = _Products(tuple(pairs), jnp.dtype(dtype))
   groups = groups or Groups.of("", x)
   leaves = list(zip(*map(jax.tree.leaves, (g, x, delta)), strict=True))
   placed, rest = _by_placement(x, shardings)
@@ -198,7 +198,7 @@ def _row_sums(
   """Returns vectors of sums over rows, and those over what is left."""
   flat = [part.reshape(-1) for part in (g, x, delta)]
   whole = flat[0].size // _ROW * _ROW
-  sums = []
+  sums: list[Sums] = []
   if whole:
     # Two terms at a time, since an addition waits for the one before it.
     pairs = [part[:whole].reshape(-1, _ROW // 2, 2) for part in flat]
@@ -206,7 +206,11 @@ def _row_sums(
       _multiply(*(part[..., i] for part in pairs), products=products)
       for i in (0, 1)
     )
-    sums.append(_reduce(map(operator.add, even, odd)))
+    if len(products.pairs) == 1:
+      # XLA:CPU fuses what several operands are made of, not one (jax 0.12).
+      sums.append((operator.add(*_reduce((*even, *odd))),))
+    else:
+      sums.append(_reduce(map(operator.add, even, odd)))
   if whole < flat[0].size:
     rest = [part[whole:].reshape(1, -1) for part in flat]
     sums.append(_reduce(_multiply(*rest, products=products)))

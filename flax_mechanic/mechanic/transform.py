@@ -26,7 +26,7 @@ import optax
 from flax_mechanic.mechanic import initial_scale, offset, sizes
 from flax_mechanic.mechanic.boxes import without_empty_boxes
 from flax_mechanic.mechanic.groups import Groups
-from flax_mechanic.mechanic.held import held_update, restarted
+from flax_mechanic.mechanic.held import Restart, held_update
 from flax_mechanic.mechanic.last import refuse_what_follows
 from flax_mechanic.mechanic.offset import widen
 from flax_mechanic.mechanic.sums import PAIRS, inner_products
@@ -308,8 +308,9 @@ class _Mechanic:
       base_update,
       accept,
       g,
-      restarted(forget, self.base.init(x), state.base_optimizer_state),
+      state.base_optimizer_state,
       x,
+      Restart(forget, self.base.init(x)),
     )
     u = _map(lambda _, g, u: None if g is None else u, params, updates, u)
     # Delta_{t+1} = Delta_t + u_t, x_{t+1} = x0 + S_{t+1} Delta_{t+1}

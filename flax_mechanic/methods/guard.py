@@ -8,7 +8,7 @@ import optax
 
 from flax_mechanic.mechanic import sizes
 from flax_mechanic.mechanic.groups import Groups
-from flax_mechanic.mechanic.held import held_update, restarted
+from flax_mechanic.mechanic.held import Restart, held_update
 from flax_mechanic.mechanic.offset import widen
 from flax_mechanic.mechanic.sums import inner_products
 from flax_mechanic.methods.extra_args import accepted
@@ -44,7 +44,7 @@ def guard(
 
   def update(
     updates: optax.Updates,
-    state: GuardState,
+    state: Any,
     params: optax.Params | None = None,
     *,
     shardings: Shardings | None = None,
@@ -67,8 +67,9 @@ def guard(
       lambda g, state, x: tx.update(g, state, x, **extra_args),
       accept,
       updates,
-      restarted(restart, tx.init(given), state.inner_state),
+      state.inner_state,
       params,
+      Restart(restart, tx.init(given)),
     )
     moved = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), moved)
     return moved, GuardState(inner_state, known)

@@ -14,6 +14,7 @@ from flax.core import meta
 from jax.sharding import AxisType
 from optax.tree_utils import _tree_math
 
+from flax_mechanic.mechanic.held import held_update
 from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.paths import parameter_of, parameter_path
 from flax_mechanic.placement import Shardings
@@ -138,13 +139,16 @@ def skip_zeros(
       jax.tree.map(lambda g: jnp.any(g != 0), updates),
       jnp.zeros([], bool),
     )
-    run = lambda: tx.update(updates, state, params, **extra_args)
-    like, _ = jax.eval_shape(run)
-    skip = lambda: (
-      jax.tree.map(lambda g, u: jnp.zeros_like(g, u.dtype), updates, like),
+    moves &= learning_rate != 0
+    # Not by a conditional, which reads and writes more than selects do.
+    updates, state = held_update(
+      lambda g, state, x: tx.update(g, state, x, **extra_args),
+      lambda new, old: jnp.where(moves, new, old),
+      updates,
       state,
+      params,
     )
-    return jax.lax.cond(moves & (learning_rate != 0), run, skip)
+    return jax.tree.map(lambda u: jnp.where(moves, u, 0), updates), state
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
 

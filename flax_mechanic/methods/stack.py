@@ -178,8 +178,10 @@ def build(
       "--config.opt.differentially_private_aggregate.base=sgd"
     )
   arguments = {
-    row.name: _arguments(rows[:i], row, options)
-    | ({} if guard else row.unguarded)
+    row.name: {
+      **_arguments(rows[:i], row, options),
+      **({} if guard else row.unguarded),
+    }
     for i, row in enumerate(rows)
   }
 

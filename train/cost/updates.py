@@ -26,15 +26,18 @@ class Update(NamedTuple):
     unavoidable: copies of the parameters that it must read or write in addition
       to the base's own.
     options: of the row, where they are not its defaults.
+    guard: whether bad gradients are skipped.
   """
 
   row: str
   unavoidable: float
   options: Mapping[str, Any] = {}
+  guard: bool = True
 
   def configure(self, config: ConfigDict, base: str) -> None:
     """Sets a job's optimizer to this update over a base."""
     config.optimizer = self.row or base
+    config.guard = self.guard
     if self.row:
       config.opt[self.row].update({"base": base, **self.options})
 
@@ -46,10 +49,12 @@ class Update(NamedTuple):
     return flax_mechanic.make_optimizer(config)
 
 
-# mechanize reads g, x and x0 for its inner products and x0 once more.
+# The guard reads g for its norm; mechanize reads g, x and x0 for its inner
+# products, which say the norm, and x0 once more.
 UPDATES = {
-  "base alone": Update("", 0),
-  "optax's mechanize": Update(REFERENCE, 4),
+  "base alone": Update("", 0, guard=False),
+  "base, guarded": Update("", 1),
+  "optax's mechanize": Update(REFERENCE, 4, guard=False),
   "mechanize": Update(DROP_IN, 4),
   "mechanic": Update(FLAG, 4),
   "x0_dtype=bfloat16": Update(DROP_IN, 3, {"x0_dtype": "bfloat16"}),

@@ -1,0 +1,403 @@
+"""Bad gradients: what is told from good ones, and that it changes nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import jax_utils, nnx
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from optax.schedules import InjectStatefulHyperparamsState
+
+import flax_mechanic
+from configs import digits
+from flax_mechanic import TrainState, mechanize
+from flax_mechanic.errors import UsageError
+from flax_mechanic.mechanic import sizes
+from flax_mechanic.methods.features import accumulate
+from flax_mechanic.methods.guard import GuardState, guard
+from tests import network
+from tests.optimizers import NAMES, configure
+from train import loop
+from train.tasks.digits import Digits
+
+
+def judge(norms, factor=sizes.FACTOR):
+  """Returns the verdicts on gradients, given by the norms of their parts."""
+  step = jax.jit(functools.partial(sizes.judge, factor=factor))
+  state = sizes.init(np.size(norms[0]), jnp.float32)
+  verdicts = []
+  for each in norms:
+    verdict, state = step(state, jnp.square(jnp.asarray(each, jnp.float32)))
+    verdicts.append(jax.device_get(verdict))
+  return verdicts, jax.device_get(state)
+
+
+def skipped(norms, **options):
+  verdicts, state = judge(norms, **options)
+  at = [i for i, verdict in enumerate(verdicts) if not verdict.ok]
+  assert state.skipped == len(at)
+  return at
+
+
+GOOD = [1.0, 1.5, 0.7, 1.2, 2.0, 0.9, 1.1, 1.4, 0.8, 1.3] * 2
+
+
+@pytest.mark.parametrize("spike", [15.0, 1e6, 1e30, np.inf, np.nan])
+def test_any_number_of_spikes_is_skipped(spike):
+  rounds = 5 * [*GOOD, spike]
+  assert skipped(rounds) == [20, 41, 62, 83, 104]
+  # However many stand in a row, as long as it is no lasting change.
+  assert skipped([*GOOD, *[spike] * 20, *GOOD]) == list(range(20, 40))
+  assert skipped([*GOOD, *[spike, 1.0] * 50]) == list(range(20, 120, 2))
+
+
+def test_what_is_usual_is_not_skipped():
+  rng = np.random.default_rng(0)
+  noisy = np.exp(rng.normal(size=1000) / 2)
+  growing = 1.1 ** np.arange(300)
+  vanishing = 0.9 ** np.arange(300) * np.exp(rng.normal(size=300) / 2)
+  for norms in (noisy, growing, vanishing):
+    verdicts, _ = judge(list(norms))
+    assert all(verdict.ok for verdict in verdicts)
+    assert not any(verdict.lasting for verdict in verdicts)
+
+
+def test_little_is_known_among_the_first():
+  assert skipped([1.0, 40.0]) == []
+  assert skipped([1.0, 60.0]) == [1]
+  assert skipped([*GOOD[:11], 15.0]) == [11]
+
+
+@pytest.mark.parametrize("value", [1e4, 1e-4])
+def test_a_size_that_stays_is_the_usual_one(value):
+  later = [value * norm for norm in GOOD * 3]
+  verdicts, _ = judge([*GOOD, *later])
+  lasting = [i for i, verdict in enumerate(verdicts) if verdict.lasting]
+  assert lasting == [44]
+  # From largest to largest.
+  assert verdicts[44].change == pytest.approx(value, rel=0.5)
+  at = [i for i, verdict in enumerate(verdicts) if not verdict.ok]
+  assert at == (list(range(20, 44)) if value > 1 else [])
+  # A spike of the new size is one.
+  assert skipped([*GOOD, *later, 100 * value])[-1] == 80
+
+
+def test_gradients_that_are_not_finite_are_no_size_that_stays():
+  norms = [*GOOD, *[np.nan] * 100, 1e6, 1.0]
+  assert skipped(norms) == list(range(20, 121))
+  # Nor do they interrupt one.
+  norms = [*GOOD, *[1e6] * 12, np.nan, *[1e6] * 13]
+  assert skipped(norms) == list(range(20, 45))
+
+
+def test_first_gradients_that_were_bad():
+  for first in ([1e6], [1e6, 1e5, 1e6], [60.0]):
+    verdicts, _ = judge([*first, *GOOD])
+    assert [verdict.restart for verdict in verdicts].index(True) == len(first)
+    assert sum(verdict.restart for verdict in verdicts) == 1
+    assert all(verdict.ok for verdict in verdicts[len(first) + 1 :])
+  # Not later, and not if they are not that much smaller.
+  for norms in ([*GOOD, 1e-3], [1.0, 0.03]):
+    assert not any(verdict.restart for verdict in judge(norms)[0])
+
+
+def test_zeros_are_none():
+  verdicts, state = judge([0.0] * 30)
+  assert not any(verdict.ok for verdict in verdicts)
+  assert state.skipped == 0
+  jax.tree.map(np.testing.assert_array_equal, state, sizes.init(1, jnp.float32))
+  # Later they are as good as others, and not a size that stays.
+  verdicts, _ = judge([*GOOD, *[0.0] * 30, 1.0])
+  assert all(verdict.ok for verdict in verdicts)
+  assert not any(verdict.lasting for verdict in verdicts)
+
+
+def test_a_part_alone():
+  good = [[norm, 0.05 * norm, 0.0] for norm in GOOD]
+  spike = lambda part, value: [
+    value if i == part else each for i, each in enumerate([1.0, 0.05, 0.0])
+  ]
+  # The whole is 1.4 times as large.
+  assert skipped([*good, spike(1, 1.0)]) == [20]
+  # It is much larger than it was, and yet far smaller than the whole.
+  tiny = [[norm, 1e-4 * norm, 0.0] for norm in GOOD]
+  assert skipped([*tiny, [1.0, 1e-2, 0.0]]) == []
+  # A part's first gradient.
+  assert skipped([*good, spike(2, 1.0)]) == []
+
+
+def test_without_a_factor_only_what_is_not_finite_is_skipped():
+  norms = [1e6, *GOOD, 1e6, np.nan, np.inf, *[1e-6] * 30]
+  assert skipped(norms, factor=0.0) == [22, 23]
+  verdicts, _ = judge(norms, factor=0.0)
+  assert not any(each.restart or each.lasting for each in verdicts)
+
+
+def what_stays(state):
+  """Returns a state without sizes, schedules, and the keys of noise."""
+  is_apart = lambda node: isinstance(
+    node,
+    InjectStatefulHyperparamsState
+    | sizes.Sizes
+    | optax.contrib.DifferentiallyPrivateAggregateState,
+  )
+
+  def without(node):
+    if isinstance(node, InjectStatefulHyperparamsState):
+      return what_stays(node.inner_state)
+    return None if is_apart(node) else node
+
+  return jax.tree.map(without, state, is_leaf=is_apart)
+
+
+@functools.cache
+def make_run(name):
+  """Returns the start and the compiled step of a run."""
+  config = configure(
+    flax_mechanic.add_optimizer_config(ConfigDict({"learning_rate": 0.0})), name
+  )
+  schedule = optax.linear_schedule(1.0, 0.5, 100)
+  state = TrainState.create(
+    apply_fn=None,
+    params=network.params(),
+    tx=flax_mechanic.make_optimizer(config, schedule),
+  )
+
+  @jax.jit
+  def step(state, batch, factor):
+    loss = lambda params, x, y: factor * network.loss(params, x, y)
+    state, value = state.minimize(loss, *batch)[:2]
+    return state, value
+
+  return state, step
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_gradients_change_nothing(name):
+  state, step = make_run(name)
+  private = "per_example" in flax_mechanic.methods()[name].needs
+  # Of examples each of which is clipped, none is too large.
+  bad = {0: np.nan, 13: np.nan, 14: np.inf} | ({} if private else {16: 1e6})
+  values = []
+  for i in range(30):
+    before = state
+    state, value = step(state, network.batch(i), bad.get(i, 1.0))
+    values.append(float(value))
+    if i in bad:
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        (state.params, what_stays(state.opt_state)),
+        (before.params, what_stays(before.opt_state)),
+      )
+  scalars = flax_mechanic.scalars(state.opt_state)
+  assert scalars["skipped"] == len(bad)
+  assert scalars["skipped_in_a_row"] == 0
+  assert np.isfinite(
+    np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
+  ).all()
+  changed = jax.tree.map(np.array_equal, state.params, network.params())
+  assert not any(jax.tree.leaves(changed))
+
+
+def test_schedules_follow_the_job_s_steps():
+  state, step = make_run("adamw")
+  for factor in (1.0, np.nan, np.nan):
+    state, _ = step(state, network.batch(0), factor)
+  rate = flax_mechanic.scalars(state.opt_state)["learning_rate/effective"]
+  np.testing.assert_allclose(rate, 1e-2 * (1 - 0.5 * 2 / 100), rtol=1e-6)
+  assert optax.tree.get(state.opt_state, "mu")["head"].any()
+
+
+def test_a_first_gradient_that_was_bad_is_forgotten():
+  tx = guard(optax.adam(0.1))
+  update = jax.jit(tx.update)
+  x = network.params()
+  state = tx.init(x)
+  gradient = lambda i: jax.grad(network.loss)(x, *network.batch(i))
+  _, state = update(jax.tree.map(lambda g: 1e6 * g, gradient(0)), state, x)
+  moved, state = update(gradient(1), state, x)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
+  assert state.sizes.skipped == 1
+  updates, state = update(gradient(2), state, x)
+  wanted, alone = optax.adam(0.1).update(
+    gradient(2), optax.adam(0.1).init(x), x
+  )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
+  jax.tree.map(close, (updates, state.inner_state), (wanted, alone))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("groups", ["", ".*"])
+def test_mechanic_goes_back_to_where_it_started(dtype, groups):
+  # With a scale at which the first update wrecks the parameters.
+  tx = mechanize(optax.sgd(1.0), s_init=1e-3, groups=groups)
+  update = jax.jit(tx.update)
+  x = network.params(dtype)
+  start = tx.init(x)
+  state = start
+  for i, factor in enumerate((1e6, 1.0)):
+    g = jax.grad(network.loss)(x, *network.batch(i, dtype))
+    g = jax.tree.map(lambda g, f=factor: (f * g).astype(dtype), g)
+    if i == 1:
+      g = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), x)
+    updates, state = update(g, state, x)
+    x = optax.apply_updates(x, updates)
+    if i == 0:
+      wrecked = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(x))
+  assert wrecked > 10
+  # To the rounding of where they were.
+  tolerance = float(jnp.finfo(dtype).eps) * wrecked
+  jax.tree.map(
+    lambda ours, first: np.testing.assert_allclose(
+      np.float32(ours), np.float32(first), atol=tolerance
+    ),
+    x,
+    network.params(dtype),
+  )
+  assert state.skipped == 1
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  rest = lambda state: state._replace(sizes=None)
+  jax.tree.map(close, rest(state), rest(start))
+
+
+def test_an_adopted_start_is_not_gone_back_to():
+  tx = mechanize(optax.sgd(1.0))
+  x = network.params()
+  state = tx.init(x)._replace(count=jnp.int32(1000))
+  for value in (1.0, 1e-6):
+    g = jax.tree.map(lambda x, v=value: jnp.full_like(x, v), x)
+    updates, state = jax.jit(tx.update)(g, state, x)
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+  assert state.count == 1002
+
+
+def test_a_lasting_change_costs_mechanic_what_its_base_remembers():
+  tx = mechanize(optax.adam(1.0), relative_s_init=0.01, eps=1e-20)
+  update = jax.jit(tx.update)
+  x = network.params()
+  state = tx.init(x)
+  for i in range(60):
+    g = jax.grad(network.loss)(x, *network.batch(i))
+    if i >= 30:
+      g = jax.tree.map(lambda g: 1e-4 * g, g)
+    before = state
+    updates, state = update(g, state, x)
+    x = optax.apply_updates(x, updates)
+    count = state.base_optimizer_state[0].count
+    assert count == (i + 1 if i < 54 else i - 53)
+    if i == 54:
+      change = np.asarray(state.m / before.m)
+      # Largest |h| of a tuner with a short memory is the last one's.
+      assert np.all(change < 1e-2)
+      assert np.all(change[1:] > 1e-5)
+      np.testing.assert_allclose(state.scale, before.scale, rtol=0.2)
+
+
+@pytest.mark.parametrize("way", ["pmap", "ZeRO-1", "accumulated"])
+def test_all_devices_skip_what_is_bad_on_one(way):
+  tx = guard(optax.adam(0.01))
+  model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+  start = nnx.to_pure_dict(nnx.state(model))
+  bad = jnp.ones([8, 8]).at[3, 0].set(jnp.nan)
+  if way == "pmap":
+    params = jax_utils.replicate(start)
+    state = jax.pmap(tx.init)(params)
+
+    def step(params, state, x):
+      g = jax.grad(lambda p: jnp.mean(x @ p["kernel"]))(params)
+      return tx.update(jax.lax.pmean(g, "d"), state, params)
+
+    for x in (jnp.ones([8, 1, 8]), bad[:, None]):
+      updates, state = jax.pmap(step, "d")(params, state, x)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    np.testing.assert_array_equal(state.sizes.skipped, np.ones(8))
+    return
+  mesh = jax.make_mesh((8,), ("data",))
+  with jax.set_mesh(mesh):
+    options = {"shard_over": ("data",)} if way == "ZeRO-1" else {}
+    if way == "accumulated":
+      tx = accumulate(tx, 2)
+    optimizer = flax_mechanic.Optimizer(model, tx, **options)
+    step = nnx.jit(
+      lambda model, optimizer, x: optimizer.minimize(
+        model, lambda model, x: jnp.mean(model(x)), x
+      )
+    )
+    for x in (jnp.ones([8, 8]), bad, jnp.ones([8, 8]), jnp.ones([8, 8])):
+      step(model, optimizer, jax.device_put(x, P("data")))
+  assert flax_mechanic.scalars(optimizer.opt_state)["skipped"] == 1
+  assert np.isfinite(model.kernel[...]).all()
+
+
+def test_a_guard_is_put_around_what_has_none():
+  is_guard = lambda node: isinstance(node, GuardState)
+
+  def guards(name, **fields):
+    config = flax_mechanic.add_optimizer_config(ConfigDict(), name)
+    config.learning_rate = 1.0
+    config.update(fields)
+    tx = flax_mechanic.make_optimizer(config)
+    state = tx.init(network.params())
+    nodes = jax.tree.leaves(state, is_leaf=is_guard)
+    return sum(map(is_guard, nodes)), "skipped" in flax_mechanic.scalars(state)
+
+  assert guards("adamw") == (1, True)
+  assert guards("adamw", accumulate_steps=2, grad_clip=1.0) == (1, True)
+  assert guards("adamw", guard=False) == (0, False)
+  # Mechanic has its own, and still skips what is not finite.
+  assert guards("mechanic") == guards("mechanic", guard=False) == (0, True)
+
+
+@pytest.mark.parametrize("groups", ["", ".*"])
+def test_mechanic_without_the_guard_takes_spikes(groups):
+  config = flax_mechanic.add_optimizer_config(ConfigDict(), "mechanic")
+  config.opt.mechanic.groups = groups
+  spikes = {}
+  for config.guard in (True, False):
+    tx = flax_mechanic.make_optimizer(config)
+    x, state, _ = network.train(tx, 5)
+    g = jax.tree.map(lambda x: jnp.full_like(x, 1e9), x)
+    _, state = tx.update(g, state, x)
+    spikes[config.guard] = int(flax_mechanic.scalars(state)["skipped"])
+  assert spikes == {True: 1, False: 0}
+
+
+@pytest.fixture
+def bad_job(monkeypatch):
+  """A config of a job whose loss is NaN in every batch."""
+  loss = Digits.loss
+
+  def bad(task, model, batch):
+    value, metrics = loss(task, model, batch)
+    return value * jnp.nan, metrics
+
+  monkeypatch.setattr(Digits, "loss", bad)
+  config = digits.get_config("mlp")
+  config.model.widths = (8,)
+  config.num_steps = 12
+  config.schedule.warmup_steps = 1
+  return config
+
+
+def test_a_run_whose_gradients_are_all_bad_ends(bad_job, tmp_path, capsys):
+  bad_job.max_skipped_in_a_row = 6
+  with pytest.raises(UsageError, match="step 6: the last 6 gradients were"):
+    loop.train(bad_job, tmp_path)
+  told = [
+    line.partition(":")[0]
+    for line in capsys.readouterr().out.splitlines()
+    if "skipped a gradient that is not finite" in line
+  ]
+  assert told == ["step 1", "step 2", "step 4"]
+
+
+def test_a_run_may_skip_any_number(bad_job, tmp_path, capsys):
+  bad_job.max_skipped_in_a_row = 0
+  # The loss of the evaluation is NaN as well.
+  with pytest.raises(UsageError, match="eval/loss is nan at step 12"):
+    loop.train(bad_job, tmp_path)
+  assert "(8 so far, 8 in a row)" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""What a run survives: bad gradients, kills, damage."""

@@ -1,0 +1,240 @@
+r"""What bad gradients cost: the loss with them over the one without.
+
+  python -m train.faults.gradients [--config=configs/digits.py:mlp] [--seeds=3]
+      [--num_steps=400] [--method="LABEL: FIELD=VALUE ..."] ...
+
+--config=FILE    the job
+--seeds=N        runs of each kind, of which the median and the worst count
+--num_steps=N    of a run
+--method=METHOD  in place of the usual ones: NAME of an optimizer, or LABEL and
+                 fields of the job; may be given several times
+
+prints two tables, with --config.guard=False and with the guard: a row for each
+kind of bad gradients, a column for each method, median/worst (gradients that
+were skipped). The first row's gradient is only 1.01 times as large, so it shows
+what is chance. The last rows' gradients change for good.
+"""
+
+import argparse
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+import flax_mechanic
+from train import flags
+from train import job as job_lib
+from train import mesh as mesh_lib
+from train.sweep.runs import make_tasks
+from train.tables import format_table
+
+_METHODS = (
+  "mechanic(adamw): optimizer=mechanic",
+  "mechanic(sgd): optimizer=mechanic opt.mechanic.base=sgd",
+  "mechanic(lion): optimizer=mechanic opt.mechanic.base=lion",
+  "mechanize: optimizer=mechanize",
+  "mechanic, bfloat16: optimizer=mechanic param_dtype=bfloat16",
+  "mechanic, accumulated: optimizer=mechanic accumulate_steps=2",
+  "adamw: optimizer=adamw learning_rate=0.03",
+  "sgd: optimizer=sgd learning_rate=0.3",
+  "lion: optimizer=lion learning_rate=0.01",
+  "muon: optimizer=muon learning_rate=0.05",
+  "prodigy",
+  "schedule_free: optimizer=schedule_free learning_rate=0.03",
+  "cocob",
+  "dowg",
+  "momo_adam",
+)
+
+# Factors of the gradient, [steps, leaves].
+Factors = np.ndarray
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs and prints the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--config", default="configs/digits.py:mlp")
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--num_steps", type=int, default=400)
+  parser.add_argument("--method", action="append")
+  arguments = parser.parse_args(argv)
+  config = flags.load_config(arguments.config)
+  config.num_steps = arguments.num_steps
+  for guard in (False, True):
+    columns = {}
+    for method in arguments.method or _METHODS:
+      label, colon, text = method.partition(":")
+      fields = shlex.split(text) if colon else [f"optimizer={label}"]
+      job = config.copy_and_resolve_references()
+      named = [each.partition("=")[::2] for each in fields]
+      flags.override(job, [(f"config.{name}", value) for name, value in named])
+      job.guard = guard
+      columns[label] = measure(job, arguments.seeds)
+    print(f"{'with' if guard else 'without'} the guard:\n")
+    print(format_table(list(_rows(columns))), end="\n\n", flush=True)
+
+
+class Cost(NamedTuple):
+  """What a kind of bad gradients costs.
+
+  Attributes:
+    ratios: final training loss over that without them, by seed; infinite where
+      it is not finite.
+    skipped: gradients that were skipped, at most.
+  """
+
+  ratios: np.ndarray
+  skipped: int
+
+
+def measure(config: ConfigDict, seeds: int) -> Mapping[str, Cost]:
+  """Trains with each kind of bad gradients, on one device.
+
+  Args:
+    config: the job.
+    seeds: how many.
+
+  Returns:
+    Kind -> what it costs.
+  """
+  tasks = make_tasks(config, seeds)
+  mesh = jax.make_mesh(
+    (1,) * len(mesh_lib.AXES),
+    mesh_lib.AXES,
+    devices=jax.devices()[:1],
+    axis_types=(AxisType.Auto,) * len(mesh_lib.AXES),
+  )
+  tx = flax_mechanic.make_optimizer(config, job_lib.make_schedule(config))
+  functions = lambda factors: job_lib.Functions(
+    tasks[0], config, _multiplied(tx, factors)
+  )
+  steps = range(config.num_steps)
+  batches = [_stack([task.train_batch(i) for i in steps]) for task in tasks]
+
+  def run(factors: jax.Array, seed: jax.Array, batches: Any) -> Any:
+    of_run = functions(factors)
+    state, metrics = jax.lax.scan(
+      of_run.train_step, of_run.create(seed), batches
+    )
+    losses = jax.lax.map(
+      lambda batch: of_run.eval_step(state, batch)["eval/loss"],
+      jax.tree.map(lambda leaf: leaf[:: len(steps) // 20 or 1], batches),
+    )
+    return jnp.mean(losses), metrics.get("skipped", jnp.zeros(1))[-1]
+
+  with jax.set_mesh(mesh):
+    abstract = job_lib.Functions(tasks[0], config, tx).abstract
+    leaves = len(jax.tree.leaves(nnx.state(abstract["model"], nnx.Param)))
+    kinds = dict(_kinds(config.num_steps, leaves))
+    compiled = jax.jit(jax.vmap(run, (0, None, None)))
+    of_kinds = jnp.asarray(np.stack(list(kinds.values())))
+    results = [
+      compiled(of_kinds, seed, each) for seed, each in enumerate(batches)
+    ]
+  losses, skipped = (np.stack(each) for each in zip(*results, strict=True))
+  ratios = losses / losses[:, :1]
+  ratios = np.where(np.isfinite(ratios), ratios, np.inf)
+  found = {
+    kind: Cost(ratios[:, i], int(skipped[:, i].max()))
+    for i, kind in enumerate(kinds)
+  }
+  return {kind: found[kind] for kind in list(kinds)[1:]}
+
+
+def _kinds(steps: int, leaves: int) -> Iterator[tuple[str, Factors]]:
+  """Yields names and factors; the first is that of an undisturbed run."""
+  good = np.ones((steps, leaves), np.float32)
+
+  def with_bad(where: Any, value: float, leaf: Any = slice(None)) -> Factors:
+    factors = good.copy()
+    factors[where, leaf] = value
+    return factors
+
+  quarter, half = steps // 4, steps // 2
+  every = lambda n: quarter + n * np.arange(min(10, (steps - quarter) // n))
+  yield "none", good
+  yield "1.01, at step 5", with_bad(4, 1.01)
+  for value in (1e2, 1e3, 1e4, 1e6, 1e9, 1e30, np.inf, np.nan):
+    yield f"{value:g}, ten of them", with_bad(every(10), value)
+  for value in (1e2, 1e6):
+    for n in (2, 5, 50):
+      yield f"{value:g}, every {n} steps", with_bad(every(n), value)
+    for n in (3, 20):
+      yield (
+        f"{value:g}, {n} in a row",
+        with_bad(np.arange(half, half + n), value),
+      )
+    for leaf in range(min(leaves, 4)):
+      yield f"{value:g}, leaf {leaf} alone", with_bad(every(10), value, leaf)
+    for step in (1, 2, 5):
+      yield f"{value:g}, at step {step}", with_bad(step - 1, value)
+  yield "nan, at step 1", with_bad(0, np.nan)
+  yield "1e+09, at step 1", with_bad(0, 1e9)
+  yield "0, the first 20", with_bad(np.arange(20), 0.0)
+  for value in (1e4, 1e-4):
+    yield (
+      f"{value:g}, from half way on",
+      with_bad(np.arange(half, steps), value),
+    )
+
+
+class _MultipliedState(NamedTuple):
+  """State of `_multiplied`: the wrapped one's, and the step."""
+
+  inner_state: optax.OptState
+  step: jax.Array
+
+
+def _multiplied(
+  tx: optax.GradientTransformation, factors: jax.Array
+) -> optax.GradientTransformationExtraArgs:
+  """Multiplies each step's gradients, leaf by leaf, on their way to `tx`."""
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    return _MultipliedState(tx.init(params), jnp.zeros([], jnp.int32))
+
+  def update(updates, state, params=None, **extra_args):
+    leaves, treedef = jax.tree.flatten(updates)
+    updates = treedef.unflatten(
+      (g * factor).astype(g.dtype)
+      for g, factor in zip(leaves, factors[state.step], strict=True)
+    )
+    updates, inner_state = tx.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    return updates, _MultipliedState(inner_state, state.step + 1)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+  return jax.tree.map(lambda *each: np.stack(each), *trees)
+
+
+def _rows(columns: Mapping[str, Mapping[str, Cost]]) -> Iterator[list[str]]:
+  """Yields the head and the rows of a table."""
+  yield ["the gradient times", *columns]
+  for kind in next(iter(columns.values())):
+    costs = [costs[kind] for costs in columns.values()]
+    yield [
+      kind,
+      *(
+        f"{np.median(cost.ratios):.3g}/{np.max(cost.ratios):.3g}"
+        f" ({cost.skipped})"
+        for cost in costs
+      ),
+    ]
+
+
+if __name__ == "__main__":
+  main()

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flax_mechanic.mechanic.held import held_update
+from flax_mechanic.mechanic.held import Restart, held_update
 from tests import network
 
 
@@ -96,3 +96,30 @@ def test_keeps_the_new_state_or_the_old_one(name, ok):
   assert jax.tree.structure(new_state) == jax.tree.structure(state)
   for mine, theirs in zip(raw(new_state), raw(wanted_state), strict=True):
     np.testing.assert_allclose(mine, theirs, rtol=1e-6 if ok else 0)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_goes_back_to_the_start(name):
+  base = BASES[name]
+  params = network.params()
+  gradient = lambda i: jax.grad(network.loss)(params, *network.batch(i))
+  start = base.init(params)
+  state = start
+  for i in range(2):
+    _, state = base.update(gradient(i), state, params)
+
+  @jax.jit
+  def update(now, g, state):
+    take = lambda new, old: new
+    restart = Restart(now, base.init(params))
+    return held_update(base.update, take, g, state, params, restart)
+
+  for now, before in ((True, start), (False, state)):
+    if name == "injected":  # Its schedule goes on.
+      before = state._replace(inner_state=before.inner_state)
+    found, wanted = (
+      update(now, gradient(2), state),
+      jax.jit(base.update)(gradient(2), before, params),
+    )
+    for mine, theirs in zip(raw(found), raw(wanted), strict=True):
+      np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)

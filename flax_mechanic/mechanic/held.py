@@ -71,11 +71,10 @@ def held_update(
   ]
   old_leaves = leaves
   if restart is not None:
+    starts = jax.tree.leaves(restart.start)
     old_leaves = [
-      old if keep else jnp.where(restart.now, new.astype(old.dtype), old)
-      for old, new, keep in zip(
-        leaves, jax.tree.leaves(restart.start), fixed, strict=True
-      )
+      old if keep else jnp.where(restart.now, _cast(new, old.dtype), old)
+      for old, new, keep in zip(leaves, starts, fixed, strict=True)
     ]
   # An atom may be a constant, and one variable may stand for two leaves.
   uses = collections.Counter(map(id, new_atoms))
@@ -117,6 +116,11 @@ def held_update(
     )
   ]
   return updates, treedef.unflatten(new_leaves)
+
+
+def _cast(leaf: jax.Array, dtype: Any) -> jax.Array:
+  # A random key has no other dtype.
+  return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 def _of_schedules(state: optax.OptState) -> Any:

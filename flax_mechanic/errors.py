@@ -1,4 +1,4 @@
-"""The one exception that bad input raises, and the hint that goes with it."""
+"""The one exception that bad input raises, and what its sentence is made of."""
 
 import difflib
 from collections.abc import Iterable
@@ -26,3 +26,16 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
   if near:
     return f"; did you mean {near[0]!r}?"
   return f"; it is one of {', '.join(names)}"
+
+
+def printable(text: str) -> str:
+  r"""Replaces what a terminal would obey, such as escape sequences.
+
+  Example:
+    >>> printable("a\tb\x1b[2J") == "a\tb\N{REPLACEMENT CHARACTER}[2J"
+    True
+  """
+  return "".join(
+    c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+    for c in text
+  )

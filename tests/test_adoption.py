@@ -349,3 +349,28 @@ def test_a_damaged_array_is_named(run, tmp_path):
   path.write_text(path.read_text()[1:])
   with pytest.raises(UsageError, match=r"/20 cannot be read .*; name the"):
     load_params(folder, saved.params)
+
+
+def test_a_step_under_another_name(tmp_path):
+  w = {"w": jnp.arange(3.0)}
+  with Checkpointer(tmp_path / "run") as checkpointer:
+    checkpointer.save(7, w)
+  shutil.move(tmp_path / "run" / "7", tmp_path / "run" / "damaged_7")
+  with pytest.raises(
+    UsageError, match=r"name one of its folders, such as .*_7"
+  ):
+    load_params(tmp_path / "run", w)
+  same(load_params(tmp_path / "run" / "damaged_7", w), w)
+  shutil.copytree(tmp_path / "run" / "damaged_7", tmp_path / "run" / "9")
+  for folder in ("run", "run/9"):
+    with pytest.raises(UsageError, match="9 was saved as step 7; rename the"):
+      load_params(tmp_path / folder, w)
+
+
+def test_a_text_among_the_arrays(tmp_path):
+  w = {"w": jnp.arange(3.0)}
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "plain", {"params": w, "name": "a run"})
+  same(load_params(tmp_path / "plain", w), w)
+  with pytest.raises(UsageError, match="cannot be read"):
+    load_params(tmp_path / "plain", {"name": jnp.zeros(())})

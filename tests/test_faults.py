@@ -307,6 +307,125 @@ def test_retention(tmp_path):
     assert checkpointer.read(3)["metrics"] == {"eval/accuracy": 0.9}
 
 
+def test_the_best_step_is_kept_by_the_runs_that_resume(tmp_path):
+  for step, accuracy in enumerate([0.1, 0.9, 0.2, 0.3], 1):
+    with Checkpointer(tmp_path, keep=1, best="-eval/accuracy") as checkpointer:
+      metrics = {"eval/accuracy": accuracy}
+      checkpointer.save(step, make_state(step), metrics=metrics)
+  assert {path.name for path in tmp_path.iterdir()} == {"2", "4"}
+
+
+def test_retention_deletes_no_folder_that_is_not_a_step_of_the_run(folder):
+  (folder / "0").mkdir()
+  (folder / "0" / "notes").write_text("mine")
+  shutil.copytree(folder / "1", folder / "3")  # A backup.
+  with Checkpointer(folder, keep=1) as checkpointer:
+    for step in (4, 5):
+      checkpointer.save(step, make_state(step))
+  assert {path.name for path in folder.iterdir()} == {"0", "3", "5"}
+  assert (folder / "0" / "notes").read_text() == "mine"
+
+
+def test_damage_is_one_sentence(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(sys, "unraisablehook", seen.append)
+  state = {str(i): jnp.full(100, i) for i in range(60)}
+  with Checkpointer(tmp_path) as checkpointer:
+    for step in (1, 2):
+      checkpointer.save(step, state)
+    checkpointer.wait()
+    for file in files(tmp_path / "2" / "state" / "d"):
+      data = file.read_bytes()
+      file.write_bytes(data[:-50] + bytes(50))
+    assert checkpointer.restore(state).step == 1
+  time.sleep(0.1)  # TensorStore's threads print.
+  assert not seen
+
+
+def tamper(step, change):
+  """Changes a step's record, and seals it as if nothing were the matter."""
+  path = step / "record" / "metadata"
+  fields = json.loads(json.dumps(record.unseal(json.loads(path.read_text()))))
+  change(fields)
+  path.write_text(json.dumps(record.seal(fields)))
+
+
+KERNEL = "model/kernel"
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda fields: fields.update(config=[]),
+    lambda fields: fields.update(metrics={"eval/loss": "low"}),
+    lambda fields: fields.update(versions={"jax": 1}),
+    lambda fields: fields.update(arrays={KERNEL: 1}),
+    lambda fields: fields["arrays"][KERNEL].update(shape=5),
+    lambda fields: fields["arrays"][KERNEL].update(dtype="none"),
+  ],
+)
+def test_a_record_that_no_run_has_written(folder, capsys, change):
+  tamper(folder / "2", change)
+  assert inspect.main([str(folder)]) == 1
+  output = capsys.readouterr().out
+  assert [line.split("|")[3].strip() for line in output.splitlines()[2:4]] == [
+    "yes",
+    "no",
+  ]
+
+
+def test_a_shape_that_no_file_holds_is_not_allocated(folder):
+  def declare(fields):
+    fields["arrays"][KERNEL]["shape"] = [2**22, 2**22]
+
+  tamper(folder / "2", declare)
+  with (
+    Checkpointer(folder, read_only=True) as checkpointer,
+    pytest.raises(UsageError, match="declares 70,369 GB of arrays"),
+  ):
+    checkpointer.verify(2)
+
+
+def test_zeros_are_no_shape_that_no_file_holds(tmp_path):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"w": jnp.zeros((4096, 4096))})
+    checkpointer.wait()
+    checkpointer.verify(1)
+
+
+def test_what_a_terminal_would_obey_is_not_printed(folder, capsys):
+  def escape(fields):
+    fields["versions"] = {"jax\x1b[2J": "\x1b]0;title\x07"}
+    fields["metrics"] = {"\x1b[31mloss": 1.0}
+
+  tamper(folder / "2", escape)
+  assert inspect.main([str(folder)]) == 0
+  output = capsys.readouterr().out
+  assert "loss" in output
+  assert not {"\x1b", "\x07"} & {*output}
+
+
+@pytest.mark.parametrize("name", ["3", "3.orbax-checkpoint-tmp"])
+def test_a_link_in_a_step_s_place(folder, tmp_path, name):
+  (tmp_path / "elsewhere").mkdir()
+  (folder / name).symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(UsageError, match=f"{name} is a link"):
+    Checkpointer(folder)
+  assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("text", ["[]", "[" * 10**5], ids=["list", "deep"])
+def test_metadata_of_a_step_that_orbax_has_not_written(folder, text):
+  (folder / "2" / "_CHECKPOINT_METADATA").write_text(text)
+  for _ in range(2):  # The lock is let go of.
+    with pytest.raises(
+      UsageError, match=r"cannot be opened .*delete that file"
+    ):
+      Checkpointer(folder)
+  (folder / "2" / "_CHECKPOINT_METADATA").unlink()
+  assert outcome(folder) == "harmless"
+
+
 def test_inspect(folder, capsys):
   assert inspect.main([str(folder)]) == 0
   lines = capsys.readouterr().out.splitlines()

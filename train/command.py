@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, printable
 
 
 def run_command(
@@ -28,9 +28,9 @@ def run_command(
     return 0
   try:
     for line in report(arguments):
-      print(line, flush=True)
+      print(printable(line), flush=True)
   except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(printable(f"error: {error}"), file=sys.stderr)
     return 2
   except BrokenPipeError:
     return closed_output()

@@ -12,6 +12,8 @@ import rich.progress
 import rich.table
 import rich.text
 
+from flax_mechanic.errors import printable
+
 _NAMES = {
   "train/loss": "loss",
   "eval/accuracy": "accuracy",
@@ -104,6 +106,7 @@ class Progress:
 
   def print(self, text: str) -> None:
     """Prints a text, on a terminal above the live line."""
+    text = printable(text)
     if self._live:
       self._rich.console.print(text, markup=False, highlight=False)
     else:

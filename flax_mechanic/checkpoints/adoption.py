@@ -192,7 +192,14 @@ def _descriptions(item: Path, name: str) -> Descriptions | None:
   """Returns what a run of ours saved of an item's arrays."""
   if item.name != "state" or not (item.parent / "record").is_dir():
     return None
-  return record_lib.read(item.parent, name)["arrays"]
+  record = record_lib.read(item.parent, name)
+  number = item.parent.name
+  if number.isdecimal() and int(number) != record["step"]:
+    raise UsageError(
+      f"{item.parent} was saved as step {record['step']}; rename the folder to "
+      f"{record['step']}, or name the folder of another step"
+    )
+  return record["arrays"]
 
 
 @contextlib.contextmanager
@@ -218,15 +225,20 @@ def _find(given: Path) -> tuple[str, dict[str, Path]]:
   items = {each.parent.name: each.parent for each in given.glob("*/_METADATA")}
   if items:
     return str(given), items
+  saved = [each for each in given.iterdir() if any(each.rglob("_METADATA"))]
   steps = [
     each
-    for each in given.iterdir()
+    for each in saved
     if re.fullmatch(r"(.*_)?\d+", each.name)
     and not each.name.startswith("damaged_")
-    and any(each.rglob("_METADATA"))
   ]
-  if not steps:
+  if not saved:
     raise UsageError(f"{given} holds no checkpoint that Orbax wrote")
+  if not steps:
+    raise UsageError(
+      f"{given} holds no step under its number; name one of its folders, such "
+      f"as {max(saved)}"
+    )
   return _find(max(steps, key=lambda step: int(step.name.split("_")[-1])))
 
 

@@ -1,6 +1,9 @@
 """Reads the arrays that Orbax wrote: some of them, by path, and verified."""
 
-from collections.abc import Callable, Collection, Mapping
+import asyncio
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +20,11 @@ from flax_mechanic.paths import by_path, leaf_path
 Descriptions = Mapping[str, Mapping[str, Any]]
 
 _T = TypeVar("_T")
+
+# More than what is all zeros shrinks by where Orbax compresses it: 2^15, zstd.
+_RATIO = 2**16
+# Seconds to wait for the other arrays where one cannot be read.
+_PATIENCE = 2.0
 
 
 class DamageError(Exception):
@@ -48,7 +56,7 @@ class SavedArrays:
     self._folder, self._name, self._handler = folder, name, handler
     self._tree: Any = read_on_all(name, lambda: handler.metadata(folder).tree)
     self.shapes: Mapping[str, tuple[int, ...]] = {
-      path: tuple(leaf.shape or ())
+      path: tuple(getattr(leaf, "shape", None) or ())  # A text has none.
       for path, leaf in by_path(self._tree).items()
     }
 
@@ -107,6 +115,31 @@ class SavedArrays:
     return arrays
 
 
+def check_size(folder: Path, name: str, descriptions: Descriptions) -> None:
+  """Raises DamageError for arrays that the files of a step cannot hold.
+
+  To be called before they are allocated.
+
+  Args:
+    folder: the step's.
+    name: what errors call it.
+    descriptions: of its arrays.
+  """
+  arrays = [described(each, None) for each in descriptions.values()]
+  size = sum(
+    math.prod(each.shape) * each.dtype.itemsize
+    for each in arrays
+    if hasattr(each, "dtype")
+  )
+  files = (each for each in folder.rglob("*") if each.is_file())
+  stored = sum(each.stat().st_size for each in files)
+  if size > _RATIO * stored:
+    raise DamageError(
+      f"{name} declares {size / 1e9:,.0f} GB of arrays, which its "
+      f"{stored / 1e6:,.1f} MB of files cannot hold"
+    )
+
+
 def read_on_all(name: str, read: Callable[[], _T]) -> _T:
   """Returns what `read` returns, if it succeeds on every process.
 
@@ -122,7 +155,8 @@ def read_on_all(name: str, read: Callable[[], _T]) -> _T:
   """
   problem, value = "", None
   try:
-    value = read()
+    with _patience():
+      value = read()
   except Exception as error:  # Whatever reading a damaged file leads to.
     problem = first_line(error)
   succeeded = multihost_utils.process_allgather(np.array(not problem))
@@ -147,20 +181,54 @@ def describe(
 
 
 def described(
-  description: Mapping[str, Any], sharding: jax.sharding.Sharding
+  description: Mapping[str, Any], sharding: jax.sharding.Sharding | None
 ) -> Any:
-  """Returns what `SavedArrays.read` wants for an array that was described."""
+  """Returns what `SavedArrays.read` wants for an array that was described.
+
+  Raises:
+    DamageError: no array can be of that dtype.
+  """
   name = description["dtype"]
   if name.startswith("<class"):  # A Python number.
     return 0
   key = jax.eval_shape(jax.random.key, 0).dtype
-  dtype = key if name.startswith("key") else jnp.dtype(name)
+  try:
+    dtype = key if name.startswith("key") else jnp.dtype(name)
+  except TypeError:
+    raise DamageError(f"an array was saved as {name!r}, no dtype") from None
   return jax.ShapeDtypeStruct(description["shape"], dtype, sharding=sharding)
 
 
 def first_line(error: Exception) -> str:
   """Returns the first line of an error's message, or its type's name."""
   return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+  """An event loop that waits for what still runs in it before it closes."""
+
+  def close(self) -> None:
+    rest = asyncio.all_tasks(self) if not self.is_closed() else ()
+    if rest:
+      ended = asyncio.gather(*rest, return_exceptions=True)
+      with contextlib.suppress(TimeoutError):
+        self.run_until_complete(asyncio.wait_for(ended, _PATIENCE))
+    super().close()
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+  """Has Orbax wait for the other arrays where one cannot be read.
+
+  It closes its event loop at once (0.12.8), and TensorStore then prints a
+  traceback for each of them.
+  """
+  new = asyncio.new_event_loop
+  asyncio.new_event_loop = _PatientLoop
+  try:
+    yield
+  finally:
+    asyncio.new_event_loop = new
 
 
 def _as_saved(saved: Any, wanted: Any) -> Any:
@@ -174,7 +242,7 @@ def _as_saved(saved: Any, wanted: Any) -> Any:
     except ValueError:  # It is of devices that are not here.
       sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   is_key = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
-  dtype = wanted.dtype if is_key else saved.dtype
+  dtype = wanted.dtype if is_key else getattr(saved, "dtype", wanted.dtype)
   return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=sharding)
 
 

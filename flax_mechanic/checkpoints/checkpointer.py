@@ -15,12 +15,12 @@ from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_mechanic.checkpoints import record as record_lib
 from flax_mechanic.checkpoints.arrays import (
   DamageError,
   SavedArrays,
+  check_size,
   describe,
   described,
   first_line,
@@ -28,7 +28,8 @@ from flax_mechanic.checkpoints.arrays import (
 from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.checkpoints.lock import Lock
 from flax_mechanic.checkpoints.renamed import saved_paths
-from flax_mechanic.errors import UsageError
+from flax_mechanic.checkpoints.retention import Retention
+from flax_mechanic.errors import UsageError, printable
 from flax_mechanic.paths import by_path, leaf_path
 
 # Above every step; counts of updates are int32.
@@ -94,21 +95,31 @@ class Checkpointer:
       read_only: whether to only read, beside a run that may be writing.
 
     Raises:
-      UsageError: the directory cannot be written, or another run is writing it.
+      UsageError: the directory cannot be written, another run is writing it, or
+        a step in it is a link.
     """
     self.directory = os.path.abspath(directory)
     self._read_only = read_only
+    if not read_only:
+      _check_links(Path(self.directory))
     self._lock = None if read_only else Lock(self.directory)
-    self._manager = ocp.CheckpointManager(
-      self.directory,
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_policy(keep, keep_every, best),
-        cleanup_tmp_directories=not read_only,
-        read_only=read_only,
-        create=not read_only,
-        save_interval_steps=0 if read_only else 1,
-      ),
+    self._retention = Retention(self.directory, keep, keep_every, best)
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=self._retention,
+      cleanup_tmp_directories=not read_only,
+      read_only=read_only,
+      create=not read_only,
+      save_interval_steps=0 if read_only else 1,
     )
+    try:
+      self._manager = ocp.CheckpointManager(self.directory, options=options)
+    except (ValueError, TypeError, RecursionError) as error:
+      if self._lock is not None:
+        self._lock.release()
+      raise UsageError(
+        f"{self.directory} cannot be opened ({first_line(error)}); if the "
+        "_CHECKPOINT_METADATA of a step is damaged, delete that file"
+      ) from error
 
   def latest(self) -> int | None:
     """Returns the newest step, or None.
@@ -151,6 +162,8 @@ class Checkpointer:
       "versions": record_lib.versions(),
       "arrays": describe(pure, checksums(pure)),
     }
+    if step not in self.steps():
+      self._retention.saving(step, numbers)
     with self._writing():
       saved = self._manager.save(
         step,
@@ -213,7 +226,7 @@ class Checkpointer:
         moved = (
           "" if self._read_only else f"; it is in {self._set_aside(newer)} now"
         )
-        logging.warning("%s%s", sentence, moved)
+        logging.warning("%s", printable(f"{sentence}{moved}"))
       return restored._replace(damaged=tuple(damaged.values()))
     raise UsageError(
       f"{'; '.join(damaged.values())}; no intact step is left in "
@@ -253,6 +266,7 @@ class Checkpointer:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
       descriptions = self._read(step)["arrays"]
+      check_size(*self._folder(step), descriptions)
       wanted = {
         path: described(each, device) for path, each in descriptions.items()
       }
@@ -294,6 +308,8 @@ class Checkpointer:
     self._check_fit(
       step, record_lib.differences(descriptions, pure, part=part), changed
     )
+    if self._read_only:  # The target may be what the folder asks for.
+      check_size(*self._folder(step), descriptions)
     leaves = by_path(pure)
     sources = saved_paths(leaves, descriptions)
     found = self._arrays(step).read(
@@ -384,22 +400,17 @@ class Checkpointer:
       )
 
 
-def _policy(
-  keep: int, keep_every: int, best: str
-) -> preservation_policy.PreservationPolicy:
-  policies: list[Any] = [preservation_policy.LatestN(keep)]
-  if keep_every:
-    policies.append(preservation_policy.EveryNSteps(keep_every))
-  if best:
-    name, sign = best.removeprefix("-"), 1 if best.startswith("-") else -1
-    policies.append(
-      preservation_policy.BestN(
-        get_metric_fn=lambda metrics: sign * metrics.get(name, -sign * np.inf),
-        n=1,
-        keep_checkpoints_without_metrics=False,
+def _check_links(directory: Path) -> None:
+  """Raises a UsageError for a link under the name of a step.
+
+  Orbax would write through it, or wait for minutes where it cannot delete it.
+  """
+  for path in directory.glob("[0-9]*"):
+    if path.is_symlink():
+      raise UsageError(
+        f"{path} is a link, where a run writes its steps; delete the link, or "
+        "take another --workdir"
       )
-    )
-  return preservation_policy.AnyPreservationPolicy(policies)
 
 
 def _cast(leaf: Any, target: Any) -> Any:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -21,8 +22,6 @@ from flax_mechanic.checkpoints.renamed import is_gone, is_new, saved_paths
 
 _LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
 
-_FIELDS = ("step", "config", "data", "metrics", "versions", "arrays")
-
 # Fields that change no shape: how long, how often, and the state's placement.
 _SHAPELESS = re.compile(
   r"_every$|^num_steps$|^batch_size$|^learning_rate$|^seed$"
@@ -37,14 +36,30 @@ def seal(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def unseal(sealed: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Undoes `seal`; raises ValueError if it is not what was sealed."""
-  if zlib.crc32(sealed["record"].encode()) != sealed["crc32"]:
+  """Undoes `seal`; raises ValueError if it is not a record that was sealed."""
+  text = _field(sealed, "record", str)
+  if zlib.crc32(text.encode()) != _field(sealed, "crc32", int):
     raise ValueError("its record is damaged")
-  record = json.loads(sealed["record"])
-  missing = [field for field in _FIELDS if field not in record]
-  if missing:
-    raise ValueError(f"its record has no {missing[0]!r}")
+  record = json.loads(text)
+  _field(record, "step", int)
+  for field in ("config", "data"):
+    _field(record, field, dict)
+  for field, kind in (("metrics", float | int), ("versions", str)):
+    for name in _field(record, field, dict):
+      _field(record[field], name, kind)
+  for path in _field(record, "arrays", dict):
+    for field, kind in (("shape", list), ("dtype", str), ("checksum", str)):
+      _field(record["arrays"][path], field, kind)
+    if not all(isinstance(n, int) for n in record["arrays"][path]["shape"]):
+      raise ValueError(f"the shape of {path} in its record is not of numbers")
   return record
+
+
+def _field(group: Any, name: str, kind: type | UnionType) -> Any:
+  """Returns a field; raises ValueError if it is missing or of another type."""
+  if not isinstance(group, dict) or not isinstance(group.get(name), kind):
+    raise ValueError(f"its record has no {name!r} that a run has saved")
+  return group[name]
 
 
 def read(step: Path, name: str) -> Mapping[str, Any]:

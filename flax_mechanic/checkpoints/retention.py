@@ -1,0 +1,75 @@
+"""Which steps a run keeps; of the others it deletes only its own."""
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from flax_mechanic.checkpoints import record as record_lib
+
+
+class Retention(preservation_policy.PreservationPolicy):
+  """Tells Orbax which steps to keep.
+
+  Orbax's own policies forget the metrics of steps that an earlier process
+  saved (0.12.8), and with them which one is the best.
+  """
+
+  def __init__(self, directory: str, keep: int, keep_every: int, best: str):
+    """Prepares to decide.
+
+    Args:
+      directory: step N is saved in its subfolder N.
+      keep: as in `Checkpointer`, and so are the other arguments.
+      keep_every: as there.
+      best: as there.
+    """
+    self._directory = Path(directory)
+    self._keep, self._keep_every = keep, keep_every
+    self._best = best.removeprefix("-")
+    self._sign = 1 if best.startswith("-") else -1
+    self._metrics: dict[int, Mapping[str, float]] = {}
+
+  def saving(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Notes that a step is being saved."""
+    self._metrics[step] = metrics
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[preservation_policy.PolicyCheckpointInfo],
+    *,
+    context: preservation_policy.PreservationContext,
+  ) -> Sequence[bool]:
+    """Returns, for each step, whether to keep it."""
+    steps = [each.step for each in checkpoints]
+    own = [step for step in sorted(steps) if self._is_own(step)]
+    kept = self._kept(own)
+    return [step not in own or step in kept for step in steps]
+
+  def _kept(self, own: Sequence[int]) -> Collection[int]:
+    kept = {*own[-self._keep :]}
+    if self._keep_every:
+      kept |= {step for step in own if step % self._keep_every == 0}
+    values = {
+      step: self._sign * self._metrics[step][self._best]
+      for step in own
+      if not math.isnan(self._metrics[step].get(self._best, math.nan))
+    }
+    if values:
+      kept.add(max(values, key=lambda step: (values[step], step)))
+    return kept
+
+  def _is_own(self, step: int) -> bool:
+    """Whether a folder is what a Checkpointer saved as that step."""
+    if step not in self._metrics:
+      file = self._directory / str(step) / "record" / "metadata"
+      try:
+        record = record_lib.unseal(json.loads(file.read_text()))
+      except (OSError, ValueError, RecursionError):
+        return False
+      if record["step"] != step:
+        return False
+      self._metrics[step] = record["metrics"]
+    return True

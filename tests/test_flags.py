@@ -182,6 +182,17 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
       "bool; type --config.opt.sgd.nesterov=true or "
       "--config.opt.sgd.nesterov=false",
     ),
+    # Options of an optimizer that is not in use.
+    (
+      "--config.opt.mechanic.base=sgd",
+      "--config.opt.mechanic.base has no effect on adamw; leave it out, or "
+      "type --config.optimizer=mechanic",
+    ),
+    (
+      "--noconfig.opt.sgd.nesterov",
+      "--noconfig.opt.sgd.nesterov has no effect on adamw; leave it out, or "
+      "type --config.optimizer=sgd",
+    ),
     (
       "--config.schedule=constant",
       "--config.schedule is a group of fields; set one of "
@@ -286,6 +297,7 @@ def test_good_arguments(job, capsys, tmp_path):
     "-1",
     "--config.num_steps=7",
     "--config.num_steps=8",
+    "--config.opt.mechanic.base=sgd",
     "--config.opt.sgd.nesterov",
     "--config.opt.mechanic.s_init=1e-3",
     "--config.init_from=/tmp/a=b",
@@ -356,6 +368,17 @@ def test_usage_error_in_training(job, capsys, monkeypatch):
 
   monkeypatch.setattr(train.loop, "train", usage_error)
   assert _run(capsys, "--config.optimizer=x") == (2, "error: no optimizer x\n")
+
+
+def test_what_is_not_installed_is_said(job, capsys, monkeypatch):
+  monkeypatch.delitem(sys.modules, "train.loop")
+  monkeypatch.delattr(train, "loop")
+  monkeypatch.setitem(sys.modules, "clu", None)
+  assert _run(capsys) == (
+    2,
+    "error: training needs clu, which is not installed; type"
+    ' pip install "flax_mechanic[train]"\n',
+  )
 
 
 def test_quiet(job, capsys):

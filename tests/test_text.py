@@ -1,6 +1,9 @@
 """The text task: files, windows, what its models compute and write."""
 
+import errno
 import math
+import os
+import pathlib
 import zlib
 
 import jax
@@ -67,10 +70,32 @@ def test_read_files_keeps_text_in_sorted_order(tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
   (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-  files = text_task.read_files(tmp_path, skip=("skipped",))
+  files, problems = text_task.read_files(tmp_path, skip=("skipped",))
   assert list(files) == ["a/b/c.md", "a/z.txt", "b.txt"]
   assert files == {name: written[name] for name in files}
-  assert list(text_task.read_files(tmp_path, suffix=".md")) == ["a/b/c.md"]
+  assert not problems
+  assert list(text_task.read_files(tmp_path, ".md")[0]) == ["a/b/c.md"]
+
+
+def test_what_cannot_be_read_is_left_out_and_said(tmp_path, monkeypatch):
+  for name in ("a", "b", "secret"):
+    (tmp_path / name).write_bytes(b"text " * 99)
+  with open(os.fsencode(tmp_path) + b"/caf\xe9", "wb") as file:
+    file.write(b"text")
+  read = pathlib.Path.read_bytes
+
+  def refuse(path):  # Not by its mode, which root need not heed.
+    if path.name == "secret":
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return read(path)
+
+  monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+  task = text(tmp_path)
+  assert "in 2 files" in task.description
+  assert task.description.endswith(
+    f"; left out: {tmp_path}/caf\udce9: a name that is not UTF-8, "
+    f"{tmp_path}/secret: Permission denied"
+  )
 
 
 def test_split_by_file_is_disjoint_and_stable():
@@ -117,7 +142,7 @@ def test_text_batches_are_a_pure_function_of_seed_and_step(folder):
 def test_text_windows_come_from_their_own_side(folder):
   train, held_out = (
     b"".join(side.values())
-    for side in text_task.split_by_file(text_task.read_files(folder))
+    for side in text_task.split_by_file(text_task.read_files(folder)[0])
   )
   task = text(folder)
   for step in range(5):

@@ -18,6 +18,7 @@ import absl.flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from flax_mechanic.errors import UsageError
+from flax_mechanic.methods import stack
 
 _EXAMPLES = {
   "config": "--config=configs/digits.py",
@@ -82,12 +83,13 @@ def read(
     optional: names of those that may be left out.
 
   Raises:
-    UsageError: an argument that is missing, unknown or of the wrong type, or a
-      config file that cannot be used.
+    UsageError: an argument that is missing, unknown, of the wrong type or
+      without effect, or a config file that cannot be used.
   """
   given, overrides = _split(argv, ["config", *required, *optional])
   config = load_config(_value(given, "config"))
   override(config, overrides)
+  _check_used(config, [flag for flag, _ in overrides])
   return config, {
     name: _value(given, name)
     for name in (*required, *optional)
@@ -225,6 +227,32 @@ def check_workdir(workdir: str) -> None:
     raise UsageError(
       f"--workdir={workdir} cannot be written: {error.strerror}"
     ) from None
+
+
+def _check_used(config: ConfigDict, flags: Sequence[str]) -> None:
+  """Checks that the optimizer in use has the options that were given.
+
+  Args:
+    config: with its overrides.
+    flags: those that were given, such as "config.opt.mechanic.base".
+
+  Raises:
+    UsageError: an option is another optimizer's, or the optimizer is unknown.
+  """
+  given = [
+    (flag, flag.removeprefix("no").split(".")[2])
+    for flag in flags
+    if flag.removeprefix("no").startswith("config.opt.")
+  ]
+  if not given or "optimizer" not in config:
+    return
+  used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
+  for flag, name in given:
+    if name not in used:
+      raise UsageError(
+        f"--{flag} has no effect on {' over '.join(used)}; leave it out, or "
+        f"type --config.optimizer={name}"
+      )
 
 
 def _processes(given: dict[str, str]) -> Processes | None:

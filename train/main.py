@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import absl.logging
 
 import flax_mechanic
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, printable
 from train import flags
 from train.command import closed_output
 
@@ -51,12 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 0
     config, workdir, given = flags.parse(arguments)
     # These imports take seconds; a typo should be reported before them.
-    from train import loop, processes
+    try:
+      from train import loop, processes
+    except ModuleNotFoundError as error:
+      raise UsageError(
+        f"training needs {error.name}, which is not installed; type"
+        ' pip install "flax_mechanic[train]"'
+      ) from error
 
     processes.connect(given)
     loop.train(config, workdir)
   except UsageError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(printable(f"error: {error}"), file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)

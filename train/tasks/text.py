@@ -5,7 +5,7 @@ import os
 import pathlib
 import sysconfig
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, printable
 from train.tasks import gru, kinds, losses, transformer
 
 _KINDS = {
@@ -64,14 +64,19 @@ def read_files(
   folder: pathlib.Path,
   suffix: str = "",
   skip: Collection[str] = (),
-) -> dict[str, bytes]:
-  """Returns the text files below `folder` by relative posix path, sorted.
+) -> tuple[dict[str, bytes], list[str]]:
+  """Reads the text files below a folder.
 
   A text file is valid UTF-8 without NUL. Empty files, hidden files and folders,
   __pycache__ and the folders named in `skip` are ignored.
+
+  Returns:
+    The files by relative posix path, sorted; and a sentence for each file or
+    folder that cannot be read, or whose name is not UTF-8.
   """
-  files = {}
-  for root, folders, names in os.walk(folder):
+  files, problems = {}, []
+  cannot = lambda error: problems.append(f"{error.filename}: {error.strerror}")
+  for root, folders, names in os.walk(folder, onerror=cannot):
     folders[:] = [
       name
       for name in folders
@@ -83,10 +88,19 @@ def read_files(
         continue
       if not path.is_file():  # A pipe or a broken link.
         continue
-      data = path.read_bytes()
-      if data and _is_text(data):
-        files[path.relative_to(folder).as_posix()] = data
-  return dict(sorted(files.items()))
+      try:
+        data = path.read_bytes()
+      except OSError as error:
+        cannot(error)
+        continue
+      if not data or not _is_text(data):
+        continue
+      relative = path.relative_to(folder).as_posix()
+      if _is_text(os.fsencode(relative)):
+        files[relative] = data
+      else:
+        problems.append(f"{path}: a name that is not UTF-8")
+  return dict(sorted(files.items())), sorted(problems)
 
 
 def _is_text(data: bytes) -> bool:
@@ -95,6 +109,12 @@ def _is_text(data: bytes) -> bool:
   except UnicodeDecodeError:
     return False
   return b"\0" not in data
+
+
+def _left_out(problems: Sequence[str]) -> str:
+  """Says which files could not be read."""
+  more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+  return f"; left out: {', '.join(problems[:3])}{more}" if problems else ""
 
 
 def split_by_file(
@@ -147,15 +167,17 @@ class Text:
     self._window = config.model.context_length + 1
     if config.data.path:
       folder = pathlib.Path(config.data.path).expanduser()
-      files = read_files(folder)
+      files, problems = read_files(folder)
     else:
       folder = pathlib.Path(sysconfig.get_path("stdlib"))
-      files = read_files(folder, suffix=".py", skip=_NOT_STDLIB)
+      files, problems = read_files(folder, suffix=".py", skip=_NOT_STDLIB)
     if not files:
+      what = f"holds no UTF-8 text{_left_out(problems)}"
+      if not folder.is_dir():
+        what = "is not a folder"
       raise UsageError(
         f"config.data.path={config.data.path!r}: {str(folder)!r}"
-        f" {'holds no UTF-8 text' if folder.is_dir() else 'is not a folder'};"
-        " type --config.data.path=FOLDER, a folder of text files"
+        f" {what}; type --config.data.path=FOLDER, a folder of text files"
       )
     train, held_out = split_by_file(files)
     self._train = _concatenate(train)
@@ -172,6 +194,7 @@ class Text:
       f"text: {(len(self._train) + len(self._held_out)) / 1e6:.2g} MB in"
       f" {len(files)} files, {len(held_out)} held out; unigram entropy"
       f" {unigram_entropy(self._held_out):.2f} bits per byte"
+      f"{_left_out(problems)}"
     )
 
   def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
@@ -225,11 +248,9 @@ class Text:
       self._config.sample_temperature,
       self._config.sample_length,
     )
-    text = np.asarray(sample, np.uint8).tobytes().decode(errors="replace")
-    # An untrained model writes control characters, which a terminal would obey.
-    return "".join(
-      c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-      for c in text
+    # An untrained model writes control characters.
+    return printable(
+      np.asarray(sample, np.uint8).tobytes().decode(errors="replace")
     )
 
   def _windows(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from test_faults import tamper
 from test_train import make_config, metrics
 
 from flax_mechanic.paths import by_path
@@ -90,9 +91,21 @@ def test_a_plain_job_loads_what_is_exported(
   tmp_path, capsys, monkeypatch, optimizer, needed
 ):
   config = make_config(
-    optimizer=optimizer, mesh__fsdp=8, mesh__data=1, num_steps=10
+    optimizer=optimizer,
+    mesh__fsdp=8,
+    mesh__data=1,
+    num_steps=10,
+    freeze=("hidden/0/k",),
+    no_decay=("bias",),
   )
   loss = loop.train(config, tmp_path / "run")["eval/loss"]
+
+  def no_expressions(fields):
+    options = {"freeze": ["("], "no_decay": ["("], "opt.mechanic.groups": "("}
+    fields["config"].update(options)
+
+  # A run of somebody else's can hold one that takes forever.
+  tamper(tmp_path / "run" / "checkpoints" / "10", no_expressions)
   read = set()
   restore = ocp.PyTreeCheckpointHandler.restore
 
@@ -130,3 +143,30 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
   ):
     assert export.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_damage_is_said_and_the_step_before_is_exported(
+  source, tmp_path, capsys
+):
+  run = shutil.copytree(source, tmp_path / "run")
+  steps = run / "checkpoints"
+  (steps / "30" / "record" / "metadata").write_text("{}")
+  shutil.copytree(steps / "20", steps / "damaged_40")
+  assert export.main([str(run), str(tmp_path / "out")]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert "step 30 in" in lines[0]
+  assert lines[1].startswith("step 40 is damaged and was set aside as")
+  assert lines[2].startswith("step 20 of")
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [{"task": 5}, {"mesh.data": "x", "model": 3}],
+)
+def test_a_config_of_no_job(source, tmp_path, capsys, fields):
+  run = shutil.copytree(source, tmp_path / "run")
+  tamper(
+    run / "checkpoints" / "30", lambda saved: saved["config"].update(fields)
+  )
+  assert export.main([str(run), str(tmp_path / "out")]) == 2
+  assert capsys.readouterr().err.count("\n") == 1

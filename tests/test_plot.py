@@ -78,3 +78,34 @@ def test_errors(tmp_path, capsys, rows, message):
   assert message in capsys.readouterr().err
   assert plot.main([]) == 2
   assert "type python -m train.plot DIR" in capsys.readouterr().err
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+  folder = write(tmp_path / "run", [{"step": 1, "$x": 1.0}])
+  precious = tmp_path / "precious"
+  precious.write_text("mine")
+  for name in ("metrics.png", "metrics.svg.new"):
+    (folder / name).symlink_to(precious)
+  assert plot.main([str(folder)]) == 0
+  assert precious.read_text() == "mine"
+  assert (folder / "metrics.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "{",
+    "[1]",
+    '{"a": 1}',
+    '{"step": 1, "a": "b"}',
+    "[" * 10**5,
+    '{"step": 1e999, "a": 1}',
+    "\x1b",
+  ],
+)
+def test_a_line_that_no_run_has_written(tmp_path, capsys, line):
+  folder = write(tmp_path / "run", [{"step": 1, "a": 1.0}], line + "\n")
+  assert plot.main([str(folder)]) == 2
+  error = capsys.readouterr().err
+  assert "a line that no run has written" in error
+  assert "\x1b" not in error

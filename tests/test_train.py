@@ -110,7 +110,12 @@ class Writer:
     self.closed = True
 
 
-def test_writes_what_it_promises(tmp_path):
+def test_writes_what_it_promises(tmp_path, tmp_path_factory):
+  precious = tmp_path_factory.mktemp("elsewhere") / "precious"
+  precious.write_text("mine")
+  links = ("config.json", "parameters.txt.new", "metrics.jsonl.new")
+  for link in links:
+    (tmp_path / link).symlink_to(precious)
   evaluation = loop.train(make_config(), tmp_path)
   lines = metrics(tmp_path)
   assert [line["step"] for line in lines if "train/loss" in line] == [
@@ -121,6 +126,8 @@ def test_writes_what_it_promises(tmp_path):
   assert {"mechanic/scale", "learning_rate/effective"} <= lines[0].keys()
   names = {path.name for path in tmp_path.iterdir()}
   assert {"checkpoints", "config.json", "parameters.txt"} <= names
+  assert precious.read_text() == "mine"
+  assert not any(path.is_symlink() for path in tmp_path.iterdir())
   saved = json.loads((tmp_path / "config.json").read_text())
   assert saved["optimizer"] == "mechanic"
   steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import text
+from flax_mechanic import UsageError
 from train import loop, writers
 
 
@@ -34,7 +35,14 @@ def test_jsonl_lines(tmp_path):
   writer.close()
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 3', '{"step": 3}', "\0\0\n"])
+@pytest.mark.parametrize(
+  "torn",
+  [
+    *("", '{"step": 3', '{"step": 3}', "\0\0\n"),
+    *('{"step": "3"}\n', "[" * 10**5 + "\n"),
+  ],
+  ids=range(6),
+)
 def test_jsonl_resume(tmp_path, torn):
   path = tmp_path / "metrics.jsonl"
   whole = '{"step": 1, "a": 1.0}\n{"step": 3, "a": 2.0}\n'
@@ -53,6 +61,14 @@ def test_jsonl_fresh(tmp_path, resume_step):
   path.write_text('{"step": 0}\n{"step": 1}\n')
   writers.JsonlWriter(path, resume_step).close()
   assert path.read_text() == ""
+
+
+def test_an_event_file_that_is_a_link(tmp_path):
+  pytest.importorskip("tensorboardX")
+  (tmp_path / "events.out.tfevents.1.host").symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(UsageError, match="is a link"):
+    writers.TensorBoardWriter(tmp_path)
+  assert not (tmp_path / "elsewhere").exists()
 
 
 def test_jsonl_resume_without_a_file(tmp_path):

@@ -11,8 +11,9 @@ OUT  a new folder; Orbax writes the parameters that the optimizer evaluates and
   nnx.update(model, orbax.checkpoint.StandardCheckpointer().restore(OUT, state))
 """
 
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
+from flax_mechanic.checkpoints.arrays import first_line
 from flax_mechanic.checkpoints.checkpointer import Checkpointer
 from flax_mechanic.errors import UsageError
 from train.command import run_command
-from train.job import make_job
+from train.job import Job, make_job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +45,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   if not (given / "checkpoints").is_dir():
     raise UsageError(f"{given} holds no checkpoints; type a run's --workdir")
   with Checkpointer(given / "checkpoints", read_only=True) as checkpointer:
-    latest = checkpointer.latest()
-    if latest is None:
-      raise UsageError(f"{given} holds no checkpoint")
-    job = make_job(_config(checkpointer.read(latest)), jax.devices()[:1])
+    job = _job(checkpointer)
 
     def exported(state: nnx.State) -> nnx.State:
       objects = nnx.merge(job.functions.graphdef, state)
@@ -60,7 +59,33 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
       state = nnx.merge_state(job.target, restored.state)
       writer.save(out, exported(state))
   yield from restored.damaged
+  for aside in sorted((given / "checkpoints").glob("damaged_*")):
+    number = aside.name.split("_")[1]
+    if number.isdecimal() and int(number) > restored.step:
+      yield f"step {number} is damaged and was set aside as {aside}"
   yield f"step {restored.step} of {given} is in {out}"
+
+
+def _job(checkpointer: Checkpointer) -> Job:
+  """Returns the job of the newest step whose record can be read."""
+  problem = f"{checkpointer.directory} holds no checkpoint"
+  for step in reversed(checkpointer.steps()):
+    try:
+      record = checkpointer.read(step)
+    except UsageError as error:
+      problem = str(error)
+      continue
+    try:
+      return make_job(_config(record), jax.devices()[:1])
+    except UsageError:
+      raise
+    except Exception as error:  # The config may hold anything.
+      raise UsageError(
+        f"the config in step {step} of {checkpointer.directory} is of no job "
+        f"of this version ({type(error).__name__}: {first_line(error)}); "
+        "export with the version that trained it"
+      ) from error
+  raise UsageError(problem)
 
 
 def _needed(function: Callable[[nnx.State], Any], state: nnx.State) -> Any:
@@ -84,8 +109,12 @@ def _needed(function: Callable[[nnx.State], Any], state: nnx.State) -> Any:
   )
 
 
-def _config(record: Any) -> ConfigDict:
-  """Returns a saved config, for one device."""
+def _config(record: Mapping[str, Any]) -> ConfigDict:
+  """Returns a saved config, for one device.
+
+  Its regular expressions are replaced: the run may be somebody else's, and
+  there are expressions that take forever.
+  """
   fields = {
     field: tuple(value) if isinstance(value, list) else value
     for field, value in record["config"].items()
@@ -93,7 +122,33 @@ def _config(record: Any) -> ConfigDict:
   config = ConfigDict(traverse_util.unflatten_dict(fields, sep="."))
   config.mesh.update(data=1, fsdp=1, tensor=1, axis_type="auto")
   config.offload_optimizer_state = False
+  if config.freeze:
+    frozen = map(re.escape, _frozen(record["arrays"]))
+    config.freeze = (f"^({'|'.join(frozen)})$",)
+  # What is exported depends on neither.
+  config.no_decay = ()
+  for options in config.opt.values():
+    if "groups" in options:
+      options.groups = ""
   return config
+
+
+def _frozen(paths: Iterable[str]) -> list[str]:
+  """Returns the paths of the model without an array in the optimizer's state.
+
+  Args:
+    paths: of a whole state.
+  """
+  within = lambda part: [
+    path.removeprefix(f"{part}/") for path in paths if path.startswith(part)
+  ]
+  model = {*within("model")}
+  trained = set()
+  for path in within("optimizer"):
+    names = path.split("/")
+    ends = ("/".join(names[i:]) for i in range(1, len(names)))
+    trained.add(next((end for end in ends if end in model), ""))
+  return sorted(model - trained)
 
 
 if __name__ == "__main__":

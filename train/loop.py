@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import flax_mechanic
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
-from train import processes, writers
+from train import files, processes, writers
 from train.job import Job, make_job
 from train.progress import Progress
 
@@ -82,8 +82,8 @@ def train(
       writer = writers.make_writer(workdir, resume_step=start)
     overview, table = _overview(job, workdir / "parameters.txt")
     if jax.process_index() == 0:
-      (workdir / "config.json").write_text(saved_config + "\n")
-      (workdir / "parameters.txt").write_text(table)
+      files.write(workdir / "config.json", f"{saved_config}\n".encode())
+      files.write(workdir / "parameters.txt", table.encode())
     writer.write_hparams(_hparams(config))
     with (
       processes.Stop() as stop,

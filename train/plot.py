@@ -10,6 +10,7 @@ and a maximum, such as mechanic/scale over the leaves, the band between them is
 filled.
 """
 
+import io
 import json
 import math
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from flax_mechanic.errors import UsageError
+from train import files
 from train.command import run_command
 
 _COLUMNS = 3
@@ -56,7 +58,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   for axes, name in zip(grid, names, strict=False):
     for run, curves in runs.items():
       _draw(axes, name, curves, run)
-    axes.set_title(name, fontsize="medium")
+    axes.set_title(name, fontsize="medium", parse_math=False)
   for axes in grid[len(names) :]:
     axes.set_visible(False)
   figure.supxlabel("step")
@@ -65,7 +67,9 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   )
   for kind in ("png", "svg"):
     file = folders[0] / f"metrics.{kind}"
-    figure.savefig(file)
+    image = io.BytesIO()
+    figure.savefig(image, format=kind)
+    files.write(file, image.getvalue())
     yield str(file)
 
 
@@ -79,15 +83,21 @@ def read(folder: Path) -> Curves:
     UsageError: it holds no metrics.
   """
   file = folder / "metrics.jsonl"
-  if not file.exists():
+  if not file.is_file():
     raise UsageError(f"{folder} holds no metrics.jsonl; type a run's --workdir")
   curves: dict[str, dict[int, float]] = {}
   # A line without a newline is still being written.
-  for line in file.read_text().splitlines(keepends=True):
-    row = json.loads(line) if line.endswith("\n") else {}
-    for name, value in row.items():
-      if name != "step" and value is not None:
-        curves.setdefault(name, {})[row["step"]] = value
+  for line in file.read_bytes().splitlines(keepends=True):
+    try:
+      row = json.loads(line) if line.endswith(b"\n") else {}
+      for name, value in row.items():
+        if name != "step" and value is not None:
+          curves.setdefault(name, {})[int(row["step"])] = float(value)
+    except Exception:  # Whatever such a line leads to.
+      raise UsageError(
+        f"{file} has a line that no run has written; delete it: "
+        f"{line[:60].decode(errors='replace').strip()}"
+      ) from None
   if not curves:
     raise UsageError(f"{file} is empty; wait for the run's first steps")
   return {

@@ -17,6 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from flax_mechanic.errors import UsageError
+from train import files
+
 
 class MetricWriter:
   """The interface of clu.metric_writers.MetricWriter.
@@ -87,12 +90,10 @@ class JsonlWriter(MetricWriter):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    if resume_step and path.exists():
+    if resume_step and path.is_file():
       lines = path.read_bytes().splitlines(keepends=True)
       kept = [line for line in lines if _step(line) <= resume_step]
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(b"".join(kept))
-    new.replace(path)
+    files.write(path, b"".join(kept))
     # buffering=1 flushes every line.
     self._file = path.open("a", buffering=1, encoding="utf-8")
 
@@ -126,9 +127,19 @@ class TensorBoardWriter(MetricWriter):
       logdir: TensorBoard's --logdir.
       resume_step: the step of the restored checkpoint. TensorBoard then hides
         the later steps of earlier files; with None or 0, all their steps.
+
+    Raises:
+      UsageError: an earlier event file is a link.
     """
     import tensorboardX
 
+    # tensorboardX would write through it.
+    for file in Path(logdir).glob("events.out.tfevents.*"):
+      if file.is_symlink():
+        raise UsageError(
+          f"{file} is a link, which no run of this job makes; delete it, or "
+          "take another --workdir"
+        )
     # Any: tensorboardX 2.6 declares narrower types than it accepts.
     self._writer: Any = tensorboardX.SummaryWriter(
       str(logdir),
@@ -232,8 +243,9 @@ def make_writer(
 
 
 def _step(line: bytes) -> float:
-  """Returns a line's step, or infinity for an incomplete line."""
+  """Returns a line's step, or infinity for a line that no run has written."""
   try:
-    return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-  except (ValueError, TypeError, KeyError):
+    step = json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+  except (ValueError, TypeError, KeyError, RecursionError):
     return math.inf
+  return step if isinstance(step, int) else math.inf

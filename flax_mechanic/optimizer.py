@@ -122,6 +122,7 @@ class Optimizer(nnx.Optimizer):
     *args: Any,
     has_aux: bool = False,
     argnums: int = 0,
+    axis_name: step.AxisName | None = None,
     **kwargs: Any,
   ) -> Any:
     """Does one step of any method on `loss_fn(model, *args, **kwargs)`.
@@ -154,6 +155,8 @@ class Optimizer(nnx.Optimizer):
       has_aux: whether `loss_fn` returns auxiliary output.
       argnums: the position of the model among the positional arguments of
         `loss_fn`. The optimizer's `wrt` says what is differentiated in it.
+      axis_name: as in `TrainState.minimize`. What the loss does to NNX objects
+        stays each device's own.
       **kwargs: keyword arguments of `loss_fn`, like `args`.
 
     Returns:
@@ -206,6 +209,7 @@ class Optimizer(nnx.Optimizer):
           others,
           self.state_shardings,
           merge_effects=functools.partial(_merge_effects, rest),
+          axis_name=axis_name,
         )
         graphdef_out, rest_out = effects
         with nnx.merge_context(_TAG, inner=False) as ctx:

@@ -95,6 +95,18 @@ class Shardings:
       lambda leaf: NamedSharding(mesh, leaf.sharding.spec)  # pyrefly: ignore
     )
 
+  def under(self, name: str) -> Self:
+    """Returns those of the subtree `tree[name]`."""
+    prefix = f"{name}/"
+    return dataclasses.replace(
+      self,
+      leaves=tuple(
+        leaf._replace(path=leaf.path.removeprefix(prefix))
+        for leaf in self.leaves
+        if leaf.path.startswith(prefix)
+      ),
+    )
+
   def split_over(self, axes: Sequence[str]) -> Self:
     """Returns the shardings with each leaf split over `axes` as well.
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
@@ -14,6 +15,21 @@ from flax_mechanic.placement import Shardings
 
 # (params, carried, *args) -> (loss, (aux, effects))
 LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
+# A name, or a tuple of names, of axes that pmap or shard_map maps.
+AxisName = str | tuple[str, ...]
+
+
+def value_and_grad(
+  loss_fn: LossFn, axis_name: AxisName | None
+) -> Callable[..., Any]:
+  """Like `jax.value_and_grad`; the gradient is a mean over `axis_name`."""
+  evaluate = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def averaged(*args):
+    value, grads = evaluate(*args)
+    return value, lax.pmean(grads, axis_name)
+
+  return averaged if axis_name else evaluate
 
 
 def minimize(
@@ -24,7 +40,10 @@ def minimize(
   carried: Any,
   args: tuple[Any, ...],
   shardings: Shardings,
+  *,
   merge_effects: Callable[[Any], Any] = lambda effects: effects,
+  axis_name: AxisName | None = None,
+  value_and_grad: Callable[..., Any] = value_and_grad,
 ) -> tuple[tuple[jax.Array, Any], optax.Updates, optax.OptState, Any]:
   """Does one step on a pure loss function.
 
@@ -43,24 +62,34 @@ def minimize(
     shardings: of the parameters, as far as they are known.
     merge_effects: per example, combines the effects, whose arrays have the
       examples as their leading axis, into those that are kept.
+    axis_name: of the mapped axes over which the batch is split. Every loss and
+      every gradient is then that of the whole batch; aux and effects are each
+      device's own.
+    value_and_grad: `value_and_grad(loss_fn, axis_name)`, in the place of the
+      one above.
 
   Returns:
     `(loss, aux)`, the updates, the new state of `tx`, the effects. Per example
     the loss and the scalars of aux are means over the batch, the arrays of aux
     are concatenated, and random keys are stacked.
   """
-  evaluate = jax.value_and_grad(loss_fn, has_aux=True)
+  evaluate = value_and_grad(loss_fn, axis_name)
+  mine = _on_this_device(params, axis_name)
   if "per_example" in stack.needs(tx):
     (loss, (aux, effects)), grads = _per_example(
-      evaluate, params, carried, args
+      value_and_grad(loss_fn, None), mine, carried, args, axis_name
     )
     effects = merge_effects(effects)
   else:
-    (loss, (aux, effects)), grads = evaluate(params, carried, *args)
+    (loss, (aux, effects)), grads = evaluate(mine, carried, *args)
+  if axis_name:
+    _check_own(loss, axis_name)
+    loss = lax.pmean(loss, axis_name)
   conjugate = lambda grads: jax.tree.map(jnp.conj, grads)
 
   def grad_fn(params: optax.Params, _: int = 0) -> optax.Updates:
-    return conjugate(evaluate(params, carried, *args)[1])
+    mine = _on_this_device(params, axis_name)
+    return conjugate(evaluate(mine, carried, *args)[1])
 
   extra = accepted(
     tx, {"value": loss, "grad_fn": grad_fn, **shardings.extra_args()}
@@ -69,8 +98,39 @@ def minimize(
   return (loss, aux), updates, opt_state, effects
 
 
-def _per_example(evaluate, params, carried, args):
-  """Like `evaluate`, with gradients and effects stacked over the examples."""
+def _tracked(value: Any, axis_name: AxisName) -> frozenset[str]:
+  """Returns the axes over which shard_map knows that a value varies."""
+  names = (axis_name,) if isinstance(axis_name, str) else axis_name
+  return jax.typeof(value).manual_axis_type.varying.intersection(names)
+
+
+def _on_this_device(params: Any, axis_name: AxisName | None) -> Any:
+  """Returns parameters whose gradient shard_map does not sum by itself."""
+  if not axis_name:
+    return params
+  axes = _tracked(lax.axis_index(axis_name), axis_name)
+
+  def cast(leaf):
+    missing = tuple(axes - _tracked(leaf, axis_name))
+    return lax.pcast(leaf, missing, to="varying")
+
+  return jax.tree.map(cast, params)
+
+
+def _check_own(loss: jax.Array, axis_name: AxisName) -> None:
+  """Raises for a loss that is averaged already, where shard_map knows it."""
+  if _tracked(lax.axis_index(axis_name), axis_name) - _tracked(loss, axis_name):
+    raise UsageError(
+      f"the loss is already averaged over axis_name={axis_name!r}; return each "
+      "device's own, which minimize averages, or leave axis_name out"
+    )
+
+
+def _per_example(evaluate, params, carried, args, axis_name):
+  """Like `evaluate`, with gradients and effects stacked over the examples.
+
+  The gradients are those of the whole batch, if it is split over an axis.
+  """
   leaves, treedef = jax.tree.flatten(args)
   batched = [_is_batched(leaf) for leaf in leaves]
   sizes = {len(leaf) for leaf, b in zip(leaves, batched, strict=True) if b}
@@ -96,7 +156,12 @@ def _per_example(evaluate, params, carried, args):
 
   _check_independent(one, leaves, batched)
   examples = [leaf for leaf, b in zip(leaves, batched, strict=True) if b]
-  losses, aux, effects, grads = jax.vmap(one)(jnp.arange(sizes.pop()), examples)
+  indices = jnp.arange(sizes.pop())
+  if axis_name:
+    indices += lax.axis_index(axis_name) * len(indices)
+  losses, aux, effects, grads = jax.vmap(one)(indices, examples)
+  if axis_name:
+    grads = lax.all_gather(grads, axis_name, tiled=True, to="invarying")
   return (jnp.mean(losses), (jax.tree.map(_merge, aux), effects)), grads
 
 

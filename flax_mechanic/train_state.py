@@ -3,16 +3,20 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+from flax.training.dynamic_scale import DynamicScale
 
 from flax_mechanic import step
-from flax_mechanic.methods import readers
+from flax_mechanic.errors import UsageError
+from flax_mechanic.methods import readers, stack
 from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.placement import Shardings, is_traced, on_device
 
@@ -68,6 +72,8 @@ class TrainState(train_state.TrainState, kw_only=True):
     """
     shardings = fields.setdefault("shardings", Shardings.of(params))
     of_state = shardings.for_state(shard_over, offload)
+    if _overwritten(params) is not None:
+      of_state = of_state.under("params")
     placing = optax.GradientTransformation(
       functools.partial(of_state.init, tx), tx.update
     )
@@ -107,9 +113,17 @@ class TrainState(train_state.TrainState, kw_only=True):
     return state._placed(tx=self.tx)
 
   def minimize(
-    self, loss_fn: Callable[..., Any], *args: Any, has_aux: bool = False
+    self,
+    loss_fn: Callable[..., Any],
+    *args: Any,
+    has_aux: bool = False,
+    axis_name: step.AxisName | None = None,
   ) -> tuple[Self, Any]:
     """Does one step of any method on `loss_fn(params, *args)`.
+
+    Where a subclass's field `dynamic_scale` holds flax's `DynamicScale`, it
+    scales every evaluation of the loss, and is replaced. A step whose gradient
+    is not finite leaves parameters and optimizer as they were.
 
     Args:
       loss_fn: returns a scalar loss, or `(loss, aux)` with `has_aux`. Mutable
@@ -119,6 +133,12 @@ class TrainState(train_state.TrainState, kw_only=True):
         batch, `loss_fn` sees batches of one, and random keys (`jax.random.key`)
         are shared, each example folding in its index.
       has_aux: whether `loss_fn` returns auxiliary output.
+      axis_name: of the axis of `jax.pmap` or `jax.shard_map` over whose devices
+        the batch is split. The loss, and every gradient that the method takes,
+        are means over it. Aux stays each device's own, since it may hold
+        outputs of each example; `jax.lax.pmean` averages the rest. A method
+        that wants a gradient per example keeps those of the whole batch on
+        every device.
 
     Returns:
       The new state, and what `jax.value_and_grad` returns first, evaluated
@@ -127,33 +147,46 @@ class TrainState(train_state.TrainState, kw_only=True):
 
     Raises:
       UsageError: the method wants a gradient per example, and aux holds batch
-        statistics.
+        statistics, or there is a `dynamic_scale`, or fp8's statistics are among
+        the parameters. Or the loss is averaged already, under `shard_map`.
     """
+    if "per_example" in stack.needs(self.tx):
+      self._check_per_example()
 
-    def pure_loss(params, carried, *args):
+    def pure_loss(params, _, *args):
       output = loss_fn(params, *args)
       loss, aux = output if has_aux else (output, None)
-      return loss, (aux, carried)
+      return loss, (aux, _Effects())
 
-    (loss, aux), updates, opt_state, _ = step.minimize(
+    trained = _trained(self.params)
+    (loss, aux), updates, opt_state, effects = step.minimize(
       self.tx,
       pure_loss,
-      self.params,
+      trained,
       on_device(self.opt_state),
       (),
       args,
       self.state_shardings,
+      axis_name=axis_name,
+      value_and_grad=self._value_and_grad,
     )
-    state = self._placed(
-      step=self.step + 1,
-      params=optax.apply_updates(self.params, updates),
-      opt_state=opt_state,
-    )
+    new = {
+      "params": _whole(
+        self.params, optax.apply_updates(trained, updates), effects.overwritten
+      ),
+      "opt_state": opt_state,
+    }
+    if effects.dynamic_scale:
+      new = self._unless_overflowed(new, updates, effects)
+    state = self._placed(step=self.step + 1, **new)
     return state, (loss, aux) if has_aux else loss
 
   def eval_params(self) -> Any:
     """Returns the parameters that the method evaluates and exports."""
-    return readers.eval_params(on_device(self.opt_state), self.params)
+    evaluated = readers.eval_params(
+      on_device(self.opt_state), _trained(self.params)
+    )
+    return _whole(self.params, evaluated)
 
   def reanchor(self) -> Self:
     """Returns the state with the method restarted from its parameters.
@@ -163,7 +196,7 @@ class TrainState(train_state.TrainState, kw_only=True):
     they were created with. Mechanic takes those of its first update by itself.
     """
     return self.replace(
-      opt_state=self.state_shardings.init(self.tx, self.params)
+      opt_state=self.state_shardings.init(self.tx, _trained(self.params))
     )
 
   def init_from(
@@ -191,11 +224,77 @@ class TrainState(train_state.TrainState, kw_only=True):
     adopted = adoption.adopt(
       directory,
       self.params,
-      functools.partial(self.state_shardings.init, self.tx),
+      lambda params: self.state_shardings.init(self.tx, _trained(params)),
       params_only=params_only,
     )
     state = self.replace(params=adopted.params, opt_state=adopted.opt_state)
     return state, adopted.notes
+
+  def _value_and_grad(
+    self, loss_fn: step.LossFn, axis_name: step.AxisName | None
+  ) -> Callable[..., Any]:
+    """Like `step.value_and_grad`, scaled, and for the part that `tx` sees."""
+    dynamic_scale = self._dynamic_scale()
+
+    def by_trained(trained, *args):
+      params = _whole(self.params, trained)
+      if dynamic_scale:
+        evaluate = dynamic_scale.value_and_grad(
+          loss_fn,
+          has_aux=True,
+          axis_name=axis_name,  # pyrefly: ignore
+        )
+        scale, is_finite, (loss, (aux, _)), grads = evaluate(params, *args)
+        effects = _Effects(_overwritten(grads), scale, is_finite)
+      else:
+        evaluate = step.value_and_grad(loss_fn, axis_name)
+        (loss, (aux, _)), grads = evaluate(params, *args)
+        effects = _Effects(_overwritten(grads))
+      return (loss, (aux, effects)), _trained(grads)
+
+    return by_trained
+
+  def _dynamic_scale(self) -> DynamicScale | None:
+    """Returns the field of flax's examples, if a subclass has it."""
+    field = getattr(self, "dynamic_scale", None)
+    return field if isinstance(field, DynamicScale) else None
+
+  def _unless_overflowed(
+    self,
+    new: dict[str, Any],
+    updates: optax.Updates,
+    effects: "_Effects",
+  ) -> dict[str, Any]:
+    """Returns the new fields, or the old ones and a smaller dynamic scale."""
+    before: Any = self._dynamic_scale()
+    overflow = before.value_and_grad(lambda x: x * jnp.nan)(1.0)
+    new = new | {"dynamic_scale": effects.dynamic_scale}
+    old = {
+      "params": self.params,
+      "opt_state": on_device(self.opt_state),
+      "dynamic_scale": overflow.dynamic_scale,
+    }
+    is_finite = effects.is_finite
+    if "grad_fn" in stack.needs(self.tx):
+      # A second gradient may overflow where the first does not.
+      fits = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
+      is_finite &= jnp.all(jnp.stack(fits))
+    return jax.tree.map(functools.partial(jnp.where, is_finite), new, old)
+
+  def _check_per_example(self) -> None:
+    """Raises for what would tell of single examples, past the noise."""
+    if self._dynamic_scale():
+      raise UsageError(
+        "a gradient per example does not go with a dynamic_scale, which skips "
+        "the step if one example overflows and so leaks it; compute in "
+        "bfloat16 or float32 without one"
+      )
+    if _overwritten(self.params) is not None:
+      raise UsageError(
+        "a gradient per example does not go with fp8's statistics, which mix "
+        "the examples of a batch and so leak them past the clipping; compute "
+        "in bfloat16 or float32 instead"
+      )
 
   def _placed(self, **fields: Any) -> Self:
     """Replaces fields, and keeps parameters and state where they belong."""
@@ -204,3 +303,32 @@ class TrainState(train_state.TrainState, kw_only=True):
       params=self.shardings.keep(state.params),
       opt_state=self.state_shardings.place(state.opt_state),
     )
+
+
+class _Effects(NamedTuple):
+  """What an evaluation changes beside `tx`'s parameters and state."""
+
+  overwritten: Any = None
+  dynamic_scale: DynamicScale | None = None
+  is_finite: jax.Array | bool = True
+
+
+def _overwritten(params: Any) -> Any:
+  """Returns the part that its gradient replaces, fp8's statistics, or None."""
+  if isinstance(params, Mapping):
+    return params.get(OVERWRITE_WITH_GRADIENT)
+  return None
+
+
+def _trained(params: Any) -> Any:
+  """Returns the part of parameters, or of gradients, that `tx` sees."""
+  return params if _overwritten(params) is None else params["params"]
+
+
+def _whole(params: Any, trained: Any, overwritten: Any = None) -> Any:
+  """Returns the parameters with new parts; `trained` alone without fp8."""
+  if _overwritten(params) is None:
+    return trained
+  if overwritten is None:
+    overwritten = _overwritten(params)
+  return {"params": trained, OVERWRITE_WITH_GRADIENT: overwritten}

@@ -161,7 +161,7 @@ def test_a_diff_is_a_few_lines(diff):
   added, _ = changed(diff)
   assert all(len(line) <= 81 for line in added)
   if diff.endswith(".full"):
-    assert len(added) <= 18
+    assert len(added) <= 5
     return
   config = [
     line

@@ -9,11 +9,17 @@ import numpy as np
 import optax
 import pytest
 from flax import jax_utils, serialization, struct
+from flax import linen as nn
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import checkpoints, train_state
 from flax.training.dynamic_scale import DynamicScale
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_mechanic
+from flax_mechanic import UsageError
 from tests import network
+from tests.by_hand import build
 
 
 def make_class(base):
@@ -38,8 +44,8 @@ TX = optax.adam(0.01)
 def create(cls, **fields):
   return cls.create(
     apply_fn=network.loss,
-    tx=TX,
     **{
+      "tx": TX,
       "params": network.params(),
       "batch_stats": {"mean": jnp.zeros(2)},
       "name": "job",
@@ -162,10 +168,139 @@ def test_a_replicated_state_trains_under_pmap():
 
 
 def test_minimize_keeps_the_fields_of_a_subclass():
-  ours, theirs = create(OURS), create(THEIRS)
+  ours, theirs = (create(cls, dynamic_scale=None) for cls in (OURS, THEIRS))
   ours, loss = ours.minimize(network.loss, *network.batch(0))
   value, grads = jax.value_and_grad(network.loss)(
     theirs.params, *network.batch(0)
   )
   assert_same(ours, theirs.apply_gradients(grads=grads))
   assert loss == value
+
+
+@pytest.mark.parametrize("method", ["mechanic", "momo", "sam"])
+def test_a_dynamic_scale_does_not_show(method):
+  """A power of two is in no rounding, nor is a step that overflows kept."""
+
+  def run(dynamic_scale, steps):
+    state = create(OURS, tx=build(method), dynamic_scale=dynamic_scale)
+    step = jax.jit(lambda state, *args: state.minimize(network.loss, *args))
+    losses = []
+    for i in steps:
+      inputs, targets = network.batch(max(i, 0))
+      before = state
+      state, loss = step(state, inputs * (np.inf if i < 0 else 1.0), targets)
+      if i < 0:
+        assert_same(
+          (state.params, state.opt_state), (before.params, before.opt_state)
+        )
+        scale = before.dynamic_scale.scale
+        assert state.dynamic_scale.scale == scale / 2
+      else:
+        losses.append(loss)
+    assert state.step == len(steps)
+    return losses, state.params
+
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+  scaled = run(DynamicScale(scale=2.0**10), [-1, 0, 1, -1, 2])
+  jax.tree.map(close, scaled, run(None, [0, 1, 2]))
+
+
+def test_a_dynamic_scale_where_only_sam_s_second_gradient_overflows():
+  def loss_fn(params):
+    loss = jnp.sum(params["w"] ** 2)
+    steep = lambda loss: loss * 2.0**120
+    return jax.lax.cond(loss > 2.0, steep, lambda loss: loss, loss)
+
+  state = create(OURS, tx=build("sam"), params={"w": jnp.ones(2)})
+  after, loss = state.minimize(loss_fn)
+  assert loss == 2.0
+  assert_same((after.params, after.opt_state), (state.params, state.opt_state))
+  assert after.dynamic_scale.scale == state.dynamic_scale.scale / 2
+  assert after.dynamic_scale.fin_steps == 0
+
+
+def test_a_dynamic_scale_is_refused_per_example():
+  state = create(OURS, tx=build("dpsgd"))
+  with pytest.raises(UsageError, match="does not go with a dynamic_scale"):
+    state.minimize(network.loss, *network.batch(0))
+
+
+class Fp8(nn.Module):
+  @nn.compact
+  def __call__(self, inputs):
+    dense = functools.partial(nn.Dense, dot_general_cls=nn.Fp8DotGeneralOp)
+    return dense(1, name="head")(jnp.tanh(dense(16, name="hidden")(inputs)))
+
+
+def create_fp8(cls, tx, sharding=None, **options):
+  variables = Fp8().init(jax.random.key(0), network.batch(0)[0])
+  variables = jax.device_put(variables, sharding)
+  return cls.create(apply_fn=Fp8().apply, params=variables, tx=tx, **options)
+
+
+def fp8_loss(variables, inputs, targets):
+  return jnp.mean((Fp8().apply(variables, inputs) - targets) ** 2)
+
+
+def test_fp8_s_statistics_are_overwritten_with_their_gradients():
+  @jax.jit
+  def by_gradients(state, *batch):
+    loss, grads = jax.value_and_grad(fp8_loss)(state.params, *batch)
+    return state.apply_gradients(grads=grads), loss
+
+  minimize = jax.jit(lambda state, *batch: state.minimize(fp8_loss, *batch))
+  runs = []
+  for cls, run in [
+    (train_state.TrainState, by_gradients),
+    (flax_mechanic.TrainState, by_gradients),
+    (flax_mechanic.TrainState, minimize),
+  ]:
+    state = create_fp8(cls, optax.adamw(0.01))
+    for i in range(3):
+      state, loss = run(state, *network.batch(i))
+    runs.append((state, loss))
+  for ours in runs[1:]:
+    assert_same(ours, runs[0])
+  history = jax.tree.leaves(runs[0][0].params[OVERWRITE_WITH_GRADIENT])
+  assert any(np.any(leaf != 0) for leaf in history)
+
+
+@pytest.mark.parametrize("method", ["sam", "schedule_free"])
+def test_fp8_s_statistics_with_methods_of_more_parameters(method):
+  state = create_fp8(flax_mechanic.TrainState, build(method))
+  after, _ = jax.jit(lambda state, *batch: state.minimize(fp8_loss, *batch))(
+    state, *network.batch(0)
+  )
+  # Those of the first evaluation.
+  grads = jax.grad(fp8_loss)(state.params, *network.batch(0))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-6),
+    after.params[OVERWRITE_WITH_GRADIENT],
+    grads[OVERWRITE_WITH_GRADIENT],
+  )
+  assert after.eval_params().keys() == state.params.keys()
+  reanchored = after.replace(params=state.params).reanchor()
+  assert_same(reanchored.opt_state, state.opt_state)
+
+
+def test_fp8_s_statistics_leave_the_state_where_its_parameters_are():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+  state = create_fp8(
+    flax_mechanic.TrainState,
+    optax.adam(0.01),
+    NamedSharding(mesh, P()),
+    shard_over=["data"],
+  )
+  for _ in range(2):
+    trace = optax.tree.get(state.opt_state, "mu")["hidden"]["kernel"]
+    assert trace.sharding.spec == P("data")
+    state, _ = jax.jit(lambda state, *batch: state.minimize(fp8_loss, *batch))(
+      state, *network.batch(0)
+    )
+  assert state.params["params"]["hidden"]["kernel"].sharding.spec == P()
+
+
+def test_fp8_s_statistics_are_refused_per_example():
+  state = create_fp8(flax_mechanic.TrainState, build("dpsgd"))
+  with pytest.raises(UsageError, match="does not go with fp8's statistics"):
+    state.minimize(fp8_loss, *network.batch(0))

@@ -94,7 +94,7 @@ def train_step(state, batch):
     ).mean()
     kernels = [x for x in jax.tree.leaves(params) if x.ndim > 1]
     penalty = sum(jnp.sum(kernel**2) for kernel in kernels)
-    return lax.pmean((loss + 1e-4 / 2 * penalty, updated), "batch")
+    return loss + 1e-4 / 2 * penalty, updated
 
   dynamic_scale = state.dynamic_scale
   if dynamic_scale:
@@ -108,7 +108,7 @@ def train_step(state, batch):
     grads = lax.pmean(grads, "batch")
   new = state.apply_gradients(grads=grads)
   loss, updated = aux
-  new = new.replace(**updated)
+  new = new.replace(**lax.pmean(updated, "batch"))
   if dynamic_scale:
     select = functools.partial(jnp.where, is_finite)
     new = new.replace(
@@ -116,7 +116,7 @@ def train_step(state, batch):
       opt_state=jax.tree.map(select, new.opt_state, state.opt_state),
       dynamic_scale=dynamic_scale,
     )
-  return new, loss
+  return new, lax.pmean(loss, "batch")
 
 
 def unreplicate(tree):

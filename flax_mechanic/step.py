@@ -1,12 +1,15 @@
 """One step of any method: loss, gradient, and what else the method needs."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
@@ -154,15 +157,36 @@ def _per_example(evaluate, params, carried, args, axis_name):
     )
     return loss, aux, effects, grads
 
-  _check_independent(one, leaves, batched)
   examples = [leaf for leaf, b in zip(leaves, batched, strict=True) if b]
-  indices = jnp.arange(sizes.pop())
+  # On an Explicit mesh vmap asks for the examples' own sharding.
+  rows = jax.typeof(examples[0]).sharding
+  rows = NamedSharding(rows.mesh, P(*rows.spec[:1]))
+  indices = jnp.arange(sizes.pop(), out_sharding=rows)
   if axis_name:
     indices += lax.axis_index(axis_name) * len(indices)
-  losses, aux, effects, grads = jax.vmap(one)(indices, examples)
+  with _explaining_batches_of_one():
+    losses, aux, effects, grads = jax.vmap(one)(indices, examples)
+  _check_independent(aux)
   if axis_name:
     grads = lax.all_gather(grads, axis_name, tiled=True, to="invarying")
   return (jnp.mean(losses), (jax.tree.map(_merge, aux), effects)), grads
+
+
+@contextlib.contextmanager
+def _explaining_batches_of_one() -> Iterator[None]:
+  """Raises an error of Explicit axes as one that says what to change."""
+  try:
+    yield
+  except Exception as error:
+    # jax has several classes for them, and exports none.
+    if "sharding" not in str(error).lower():
+      raise
+    raise UsageError(
+      "a gradient per example evaluates the loss on batches of one, whose "
+      "first axis cannot be split over the mesh; leave it out of the loss's "
+      'out_sharding, such as P(None, "model") in the place of '
+      f'P("data", "model") ({error})'
+    ) from error
 
 
 def _merge(aux: jax.Array) -> jax.Array:
@@ -172,11 +196,9 @@ def _merge(aux: jax.Array) -> jax.Array:
   return aux.reshape(-1, *aux.shape[2:]) if aux.shape[1] == 1 else aux
 
 
-def _check_independent(one, leaves, batched) -> None:
+def _check_independent(aux: Any) -> None:
   """Raises if an auxiliary output holds batch statistics (Linen's name)."""
-  examples = [leaf[0] for leaf, b in zip(leaves, batched, strict=True) if b]
-  _, aux, _, _ = jax.eval_shape(one, 0, examples)
-  for path, _ in jax.tree_util.tree_flatten_with_path(aux)[0]:
+  for path, _ in jax.tree_util.tree_leaves_with_path(aux):
     if "batch_stats" in jax.tree_util.keystr(path, simple=True):
       refuse_batch_statistics()
 

@@ -6,9 +6,12 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from optax import contrib
 
 from flax_mechanic import Optimizer, TrainState, UsageError
+from tests import network
 from tests.by_hand import (
   AGGREGATE,
   CLIP,
@@ -218,6 +221,52 @@ def test_batch_statistics_are_refused_per_example(name):
   state, loss_fn, stats = linen_normed(build(name))
   with pytest.raises(UsageError, match="mix the examples of a batch"):
     state.minimize(lambda *args: loss_fn(*args, stats), *batch(0), has_aux=True)
+
+
+def on_explicit_mesh(name, specs, rows):
+  """Returns loss and parameters after a step on a mesh of 4x2.
+
+  Args:
+    name: of the optimizer.
+    specs: of `network.params`; None for no mesh.
+    rows: axes over which the loss says that its batch is split.
+  """
+  split = None if specs is None else P(rows, "model")
+
+  def loss_fn(params, inputs, targets):
+    layer = params["hidden"]
+    hidden = jnp.matmul(inputs, layer["kernel"], out_sharding=split)
+    hidden = jnp.tanh(hidden + layer["bias"])
+    rank = None if specs is None else P(rows, None)
+    outputs = jnp.matmul(hidden, params["head"], out_sharding=rank)
+    return jnp.mean((outputs - targets) ** 2)
+
+  params, batch = network.params(), network.batch(0)
+  if specs is not None:
+    params = jax.tree.map(jax.device_put, params, specs)
+    batch = jax.device_put(batch, P("data"))
+  state = TrainState.create(apply_fn=None, params=params, tx=build(name))
+  state, loss = jax.jit(lambda state, *batch: state.minimize(loss_fn, *batch))(
+    state, *batch
+  )
+  return loss, state.params
+
+
+@pytest.mark.parametrize("name", ["dpsgd", AGGREGATE])
+def test_a_gradient_per_example_on_an_explicit_mesh(name):
+  mesh = jax.make_mesh(
+    (4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2
+  )
+  specs = {
+    "hidden": {"kernel": P(None, "model"), "bias": P("model")},
+    "head": P(None, None),
+  }
+  expected = on_explicit_mesh(name, None, None)
+  with jax.set_mesh(mesh):
+    found = on_explicit_mesh(name, specs, None)
+    with pytest.raises(UsageError, match="the loss on batches of one"):
+      on_explicit_mesh(name, specs, "data")
+  assert_close(jax.device_get(found), expected, 1e-5)
 
 
 # SAM.

@@ -315,6 +315,21 @@ def test_batch_statistics_bar_a_gradient_for_each_example(tmp_path):
 
 
 @pytest.mark.slow
+def test_gemma_takes_a_gradient_for_each_example_with_other_axes(tmp_path):
+  job = load("gemma", "full")
+  config = configure(job, 8, "differentially_private_aggregate")
+  with pytest.raises(flax_mechanic.UsageError, match="batches of one"):
+    run(job, config, tmp_path)
+  # As docs/your_job.md says, in the model alone.
+  names = vars(job) | {"P": lambda *axes: P(None, *axes[1:])}
+  code = job.Transformer.__call__.__code__
+  job.Transformer.__call__ = types.FunctionType(code, names)
+  (tmp_path / "without").mkdir()
+  losses = run(job, config, tmp_path / "without").losses
+  assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("step", "optimizer"),
   [("tx", "adamw"), ("tx", "schedule_free"), ("full", "mechanic")],

@@ -409,8 +409,10 @@ register(
 
 
 def _aggregate(l2_norm_clip, noise_multiplier, seed):
-  return contrib.differentially_private_aggregate(
-    l2_norm_clip, noise_multiplier, key=seed
+  return repairs.on_any_mesh(
+    contrib.differentially_private_aggregate(
+      l2_norm_clip, noise_multiplier, key=seed
+    )
   )
 
 

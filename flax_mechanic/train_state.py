@@ -205,7 +205,8 @@ class TrainState(train_state.TrainState, kw_only=True):
     """Returns the state started where another run's checkpoint ended.
 
     See `flax_mechanic.adopt` for what is carried over; other collections, such
-    as batch statistics, are for `flax_mechanic.load_params`.
+    as batch statistics, are for `flax_mechanic.load_params`. fp8's statistics
+    restart.
 
     Args:
       directory: a run's --workdir, or a folder that Orbax wrote.
@@ -223,11 +224,13 @@ class TrainState(train_state.TrainState, kw_only=True):
 
     adopted = adoption.adopt(
       directory,
-      self.params,
-      lambda params: self.state_shardings.init(self.tx, _trained(params)),
+      _trained(self.params),
+      functools.partial(self.state_shardings.init, self.tx),
       params_only=params_only,
     )
-    state = self.replace(params=adopted.params, opt_state=adopted.opt_state)
+    state = self.replace(
+      params=_whole(self.params, adopted.params), opt_state=adopted.opt_state
+    )
     return state, adopted.notes
 
   def _value_and_grad(

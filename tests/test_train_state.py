@@ -20,6 +20,7 @@ import flax_mechanic
 from flax_mechanic import UsageError
 from tests import network
 from tests.by_hand import build
+from tests.test_adoption import save_standard
 
 
 def make_class(base):
@@ -304,3 +305,18 @@ def test_fp8_s_statistics_are_refused_per_example():
   state = create_fp8(flax_mechanic.TrainState, build("dpsgd"))
   with pytest.raises(UsageError, match="does not go with fp8's statistics"):
     state.minimize(fp8_loss, *network.batch(0))
+
+
+def test_a_model_in_fp8_starts_from_another_s_checkpoint(tmp_path):
+  state = create_fp8(flax_mechanic.TrainState, optax.adam(0.01))
+  trained, _ = jax.jit(lambda state, *batch: state.minimize(fp8_loss, *batch))(
+    state, *network.batch(0)
+  )
+  save_standard(tmp_path / "saved", trained)
+  started, _ = state.init_from(tmp_path / "saved")
+  adopted = started.params["params"], optax.tree.get(started.opt_state, "mu")
+  assert_same(
+    adopted, (trained.params["params"], optax.tree.get(trained.opt_state, "mu"))
+  )
+  kept = started.params[OVERWRITE_WITH_GRADIENT]
+  assert_same(kept, state.params[OVERWRITE_WITH_GRADIENT])

@@ -158,7 +158,7 @@ class TrainState(train_state.TrainState, kw_only=True):
       loss, aux = output if has_aux else (output, None)
       return loss, (aux, _Effects())
 
-    trained = _trained(self.params)
+    trained, finite = _trained(self.params), []
     (loss, aux), updates, opt_state, effects = step.minimize(
       self.tx,
       pure_loss,
@@ -168,7 +168,7 @@ class TrainState(train_state.TrainState, kw_only=True):
       args,
       self.state_shardings,
       axis_name=axis_name,
-      value_and_grad=self._value_and_grad,
+      value_and_grad=functools.partial(self._value_and_grad, finite),
     )
     new = {
       "params": _whole(
@@ -177,7 +177,8 @@ class TrainState(train_state.TrainState, kw_only=True):
       "opt_state": opt_state,
     }
     if effects.dynamic_scale:
-      new = self._unless_overflowed(new, updates, effects)
+      new["dynamic_scale"] = effects.dynamic_scale
+      new = self._unless_overflowed(new, finite)
     state = self._placed(step=self.step + 1, **new)
     return state, (loss, aux) if has_aux else loss
 
@@ -234,9 +235,18 @@ class TrainState(train_state.TrainState, kw_only=True):
     return state, adopted.notes
 
   def _value_and_grad(
-    self, loss_fn: step.LossFn, axis_name: step.AxisName | None
+    self,
+    finite: list[jax.Array],
+    loss_fn: step.LossFn,
+    axis_name: step.AxisName | None,
   ) -> Callable[..., Any]:
-    """Like `step.value_and_grad`, scaled, and for the part that `tx` sees."""
+    """Like `step.value_and_grad`, scaled, and for the part that `tx` sees.
+
+    Args:
+      finite: gets whether the gradient is finite, of each that is scaled.
+      loss_fn: as there.
+      axis_name: as there.
+    """
     dynamic_scale = self._dynamic_scale()
 
     def by_trained(trained, *args):
@@ -248,7 +258,8 @@ class TrainState(train_state.TrainState, kw_only=True):
           axis_name=axis_name,  # pyrefly: ignore
         )
         scale, is_finite, (loss, (aux, _)), grads = evaluate(params, *args)
-        effects = _Effects(_overwritten(grads), scale, is_finite)
+        finite.append(is_finite)
+        effects = _Effects(_overwritten(grads), scale)
       else:
         evaluate = step.value_and_grad(loss_fn, axis_name)
         (loss, (aux, _)), grads = evaluate(params, *args)
@@ -263,26 +274,23 @@ class TrainState(train_state.TrainState, kw_only=True):
     return field if isinstance(field, DynamicScale) else None
 
   def _unless_overflowed(
-    self,
-    new: dict[str, Any],
-    updates: optax.Updates,
-    effects: "_Effects",
+    self, new: dict[str, Any], finite: Sequence[jax.Array]
   ) -> dict[str, Any]:
-    """Returns the new fields, or the old ones and a smaller dynamic scale."""
+    """Returns new fields, or the old ones and a smaller dynamic scale.
+
+    Args:
+      new: the fields after the step.
+      finite: of each gradient; a second one may overflow where the first fits.
+    """
     before: Any = self._dynamic_scale()
     overflow = before.value_and_grad(lambda x: x * jnp.nan)(1.0)
-    new = new | {"dynamic_scale": effects.dynamic_scale}
     old = {
       "params": self.params,
       "opt_state": on_device(self.opt_state),
       "dynamic_scale": overflow.dynamic_scale,
     }
-    is_finite = effects.is_finite
-    if "grad_fn" in stack.needs(self.tx):
-      # A second gradient may overflow where the first does not.
-      fits = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)]
-      is_finite &= jnp.all(jnp.stack(fits))
-    return jax.tree.map(functools.partial(jnp.where, is_finite), new, old)
+    all_finite = functools.reduce(jnp.logical_and, finite)
+    return jax.tree.map(functools.partial(jnp.where, all_finite), new, old)
 
   def _check_per_example(self) -> None:
     """Raises for what would tell of single examples, past the noise."""
@@ -313,7 +321,6 @@ class _Effects(NamedTuple):
 
   overwritten: Any = None
   dynamic_scale: DynamicScale | None = None
-  is_finite: jax.Array | bool = True
 
 
 def _overwritten(params: Any) -> Any:

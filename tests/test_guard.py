@@ -101,7 +101,7 @@ def test_first_gradients_that_were_bad():
     assert sum(verdict.restart for verdict in verdicts) == 1
     assert all(verdict.ok for verdict in verdicts[len(first) + 1 :])
   # Not later, and not if they are not that much smaller.
-  for norms in ([*GOOD, 1e-3], [1.0, 0.03]):
+  for norms in ([*GOOD, 1e-3], [1.0, 0.03], [0.1**i for i in range(10)]):
     assert not any(verdict.restart for verdict in judge(norms)[0])
 
 
@@ -336,11 +336,12 @@ def test_all_devices_skip_what_is_bad_on_one(way):
 def test_a_guard_is_put_around_what_has_none():
   is_guard = lambda node: isinstance(node, GuardState)
 
-  def guards(name, **fields):
+  def guards(name, peak=None, **fields):
     config = flax_mechanic.add_optimizer_config(ConfigDict(), name)
     config.learning_rate = 1.0
     config.update(fields)
-    tx = flax_mechanic.make_optimizer(config)
+    schedule = optax.constant_schedule(2.0)
+    tx = flax_mechanic.make_optimizer(config, schedule, peak=peak)
     state = tx.init(network.params())
     nodes = jax.tree.leaves(state, is_leaf=is_guard)
     return sum(map(is_guard, nodes)), "skipped" in flax_mechanic.scalars(state)
@@ -348,6 +349,10 @@ def test_a_guard_is_put_around_what_has_none():
   assert guards("adamw") == (1, True)
   assert guards("adamw", accumulate_steps=2, grad_clip=1.0) == (1, True)
   assert guards("adamw", guard=False) == (0, False)
+  # A job's own optimizer under its own schedule is as it was.
+  assert guards("adamw", peak=2.0) == (0, False)
+  assert guards("adamw", peak=2.0, guard=True) == (1, True)
+  assert guards("prodigy", peak=2.0) == (1, True)
   # Mechanic has its own, and still skips what is not finite.
   assert guards("mechanic") == guards("mechanic", guard=False) == (0, True)
 

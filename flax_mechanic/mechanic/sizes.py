@@ -14,7 +14,8 @@ _DECAY = 0.98
 # A part of the gradient that is smaller than this fraction of the whole does
 # no harm, whatever its own size was.
 _PART = 0.1
-# The first gradients were bad if a later one is so many times smaller.
+# The first gradients were bad if a later one is so many times smaller than the
+# smallest of them.
 _RESTART = 50.0
 # So many unusual gradients in a row are a lasting change. A gradient is
 # unusually small if it is so many times smaller than the smallest of late;
@@ -92,7 +93,7 @@ def judge(
     times the largest one of late. A bad gradient does not change what is
     known, so that any number of them is told from good ones. But after 25
     unusual gradients in a row, the size that they have is the usual one.
-  - If one of the first ten is 50 times smaller than those before it, those were
+  - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
 
@@ -118,7 +119,7 @@ def judge(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
   is_young = (state.young > 0) & may_restart
-  restart = judged & is_young & (_RESTART * norm < peak)
+  restart = judged & is_young & (_RESTART * norm < state.least)
   is_small = judged & (_SMALL * norm < state.least)
 
   unusual = jnp.where(is_spike | is_small, state.unusual + 1, 0)

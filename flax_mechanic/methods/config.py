@@ -17,7 +17,7 @@ from flax_mechanic.methods import registry, stack
 _DEFAULTS = {
   "grad_clip": 0.0,
   "accumulate_steps": 1,
-  "guard": True,
+  "guard": bool,
   "freeze": (),
   "no_decay": (),
 }
@@ -44,10 +44,10 @@ def add_optimizer_config(
   The fields are `config.optimizer`, `config.opt.<name>.<option>` for every
   registered name, `config.grad_clip` (maximum global norm, 0.0 for none),
   `config.accumulate_steps` (batches per update), `config.guard` (whether bad
-  gradients are skipped: NaN, Inf, spikes), and regular expressions for
-  parameters' paths: `config.freeze` (frozen parameters) and `config.no_decay`
-  (parameters without weight decay). The command line can set each of them:
-  `--config.optimizer=mechanic --config.opt.mechanic.base=sgd`.
+  gradients are skipped: NaN, Inf, spikes; see `make_optimizer`), and regular
+  expressions for parameters' paths: `config.freeze` (frozen parameters) and
+  `config.no_decay` (parameters without weight decay). The command line can set
+  each of them: `--config.optimizer=mechanic --config.opt.mechanic.base=sgd`.
 
   Args:
     config: a config. Optimizers that are tuned by hand read its
@@ -96,7 +96,7 @@ def add_optimizer_config(
       }
       for name, row in registry.methods().items()
     },
-    **_DEFAULTS,
+    **{field: _field(value) for field, value in _DEFAULTS.items()},
   }
   for old, new in _renaming(old_flags).items():
     _check_old_flag(old, old in config, new, config)
@@ -143,8 +143,9 @@ def make_optimizer(
       schedule also set: `optax.tree.set(state, learning_rate=...)`.
     peak: the largest value of a schedule that the job made for its old
       optimizer. Optimizers tuned by hand then use `schedule` as it is and do
-      not read `config.learning_rate`; learning-rate-free ones use
-      `schedule / peak`.
+      not read `config.learning_rate`, and bad gradients are not skipped unless
+      `config.guard` is True: an unflipped run is the job's own, bit for bit.
+      Learning-rate-free ones use `schedule / peak`.
     old_flags: as for `add_optimizer_config`, for a config that did not go
       through it. An option that `config.opt` sets to another value than its
       default has that value.
@@ -177,6 +178,9 @@ def make_optimizer(
   )
   fields = {field: read(field, default) for field, default in _DEFAULTS.items()}
   _check_fields(fields)
+  if fields["guard"] is None:
+    is_own = peak is not None and all(row.tuned for row in rows)
+    fields["guard"] = not is_own
   return stack.build(rows, options, learning_rate, **fields)
 
 

@@ -1,6 +1,8 @@
-"""The one exception that bad input raises, and what its sentence is made of."""
+"""The one exception for bad input, and what its sentence is made of."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -39,3 +41,27 @@ def printable(text: str) -> str:
     c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}"
     for c in text
   )
+
+
+# A full disk, a quota, and a limit such as `ulimit -f`.
+_NO_ROOM = tuple(
+  os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+)
+
+
+def no_room(error: BaseException | None) -> str | None:
+  """Returns "No space left on device" or its like, if that caused an error.
+
+  Orbax and TensorStore have the words in errors of other types.
+
+  Example:
+    >>> no_room(OSError(28, "No space left on device"))
+    'No space left on device'
+    >>> no_room(OSError(13, "Permission denied"))
+  """
+  while error is not None:
+    for words in _NO_ROOM:
+      if words in str(error):
+        return words
+    error = error.__cause__ or error.__context__
+  return None

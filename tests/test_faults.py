@@ -459,6 +459,9 @@ def run(workdir, *arguments, limit="unlimited"):
       *arguments,
     ],
     cwd=ROOT,
+    # jax warns of what does not fit into its cache.
+    env=os.environ
+    | ({} if limit == "unlimited" else {"JAX_ENABLE_COMPILATION_CACHE": "0"}),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -505,18 +508,23 @@ def test_kills_at_any_instant(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk(tmp_path):
-  steps = "--config.num_steps=200"
-  # Logs and small files fit, arrays do not.
-  process = run(tmp_path, steps, "--config.model.widths=(512, 512)", limit=200)
-  _, error = process.communicate()
+@pytest.mark.parametrize(
+  ("limit", "words"),
+  [(4, "error: "), (8, "events.out.tfevents"), (200, "error: saving into")],
+  ids=["small", "metrics", "arrays"],
+)
+def test_a_full_disk(tmp_path, limit, words):
+  more = ["--config.num_steps=200", "--config.model.widths=(512, 512)"]
+  more += ["--config.log_every=1"] if limit < 200 else []
+  process = run(tmp_path, *more, limit=limit)
+  _, error = process.communicate(timeout=60)
   assert process.returncode == 2
-  # Orbax's and TensorStore's threads print what they raised, also afterwards.
-  ours = [line for line in error.splitlines() if line.startswith("error: ")]
-  assert len(ours) == 1
-  assert ours[0].startswith("error: saving into")
-  assert "make room" in ours[0]
-  process = run(tmp_path, steps, "--config.model.widths=(512, 512)")
+  assert error.startswith("error: ")
+  assert words in error
+  assert "File too large" in error
+  assert "make room" in error
+  assert error.count("\n") == 1
+  process = run(tmp_path, *more)
   output, error = process.communicate()
   assert process.returncode == 0, error
   assert "done at step 200" in output

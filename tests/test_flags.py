@@ -1,6 +1,9 @@
 """Bad input is one sentence and status 2; everything else parses."""
 
+import errno
+import logging
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -507,3 +510,55 @@ def test_a_broken_pipe_that_is_not_the_output_s_is_a_defect():
 
   with pytest.raises(BrokenPipeError, match="of a data loader"):
     command.run_command("help", report, [])
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl"),
+    OSError(errno.EFBIG, os.strerror(errno.EFBIG), "metrics.jsonl"),
+    # TensorStore's.
+    ValueError("RESOURCE_EXHAUSTED: x: No space left on device [os_error_"),
+  ],
+  ids=["disk", "limit", "tensorstore"],
+)
+def test_a_full_disk_is_one_sentence(capsys, error):
+  def report(arguments):
+    yield "a line"
+    raise RuntimeError("saving failed") from error
+
+  assert command.run_command("help", report, []) == 2
+  printed = capsys.readouterr().err
+  assert printed.startswith("error: ")
+  assert printed.count("\n") == 1
+  words = getattr(error, "strerror", None) or "No space left on device"
+  assert f"{words}; make room" in printed
+
+
+def test_a_full_disk_where_the_output_goes():
+  code = """
+import sys
+from train import command
+sys.exit(command.run_command("help", lambda arguments: iter(["a line"]), []))
+"""
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=pathlib.Path(__file__).parent.parent,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: No space left on device; make room")
+  assert done.stderr.count("\n") == 1
+
+
+def test_what_orbax_logs_of_an_error_is_left_out(caplog):
+  command.quieten(absl.logging.ERROR)
+  logger = logging.getLogger("asyncio")
+  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  logger.error("never retrieved", exc_info=full)
+  logger.error("never retrieved: <Task .../orbax/checkpoint/x.py:126>")
+  logger.error("of a data loader", exc_info=ValueError("x"))
+  assert [record.message for record in caplog.records] == ["of a data loader"]

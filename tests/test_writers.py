@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import struct
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -258,3 +260,26 @@ def test_make_writer(tmp_path, monkeypatch):
   other.write_scalars(1, {"a": 1})
   other.close()
   assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events"])
+def test_a_full_disk_is_told_when_it_is_met(tmp_path, monkeypatch, name):
+  pytest.importorskip("tensorboardX")
+  makers = {"metrics": writers.JsonlWriter, "events": writers.TensorBoardWriter}
+  make = makers[name.partition(".")[0]]
+  writer = make(tmp_path / name)
+  with open("/dev/full", "ab", buffering=0) as full:
+    monkeypatch.setattr(writer._file, "_file", full)
+    with pytest.raises(OSError, match=f"No space left on device.*{name}"):
+      writer.write_scalars(1, {"a": 1})
+    writer.close()  # There is nothing left to write.
+
+
+def test_a_write_that_the_disk_cuts_short(tmp_path, monkeypatch):
+  writer = writers.JsonlWriter(tmp_path / "metrics.jsonl")
+  file = writer._file._file
+  cut = types.SimpleNamespace(write=lambda data: file.write(data[:3]))
+  monkeypatch.setattr(writer._file, "_file", cut)
+  writer.write_scalars(1, {"a": 1})
+  assert _lines(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1.0}]

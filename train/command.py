@@ -1,10 +1,15 @@
 """What the commands of `train` share."""
 
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from flax_mechanic.errors import UsageError, printable
+import absl.logging
+
+from flax_mechanic.errors import UsageError, no_room, printable
 
 
 def run_command(
@@ -20,8 +25,10 @@ def run_command(
     argv: the arguments after the program's name; `sys.argv` if None.
 
   Returns:
-    The exit status: 2 for bad input, 1 if nothing reads the output any more.
+    The exit status: 2 for bad input and a full disk, 1 if nothing reads the
+    output any more.
   """
+  quieten(absl.logging.ERROR)
   arguments = sys.argv[1:] if argv is None else argv
   if not {"-h", "--help"}.isdisjoint(arguments):
     print((doc or "").strip())
@@ -29,15 +36,60 @@ def run_command(
   try:
     for line in report(arguments):
       print(printable(line), flush=True)
-  except UsageError as error:
-    print(printable(f"error: {error}"), file=sys.stderr)
-    return 2
-  except BrokenPipeError:
-    return closed_output()
+  except Exception as error:
+    return failed(error)
   return 0
 
 
-def closed_output() -> int:
+def quieten(verbosity: int) -> None:
+  """Sets what is logged, without the errors that Orbax raises as well.
+
+  Its threads and TensorStore's print hundreds of lines for a full disk or a
+  damaged step, some of them after the error has been raised and reported.
+  """
+  absl.logging.set_verbosity(verbosity)
+  for logger in (absl.logging.get_absl_logger(), logging.getLogger("asyncio")):
+    logger.addFilter(_is_news)
+  if sys.unraisablehook is sys.__unraisablehook__:
+    sys.unraisablehook = _unraisablehook
+
+
+def failed(error: Exception) -> int:
+  """Says in one sentence what ended a command.
+
+  Call it while handling the error.
+
+  Returns:
+    The exit status: 2 for bad input and a full disk, 1 if nothing reads the
+    output any more.
+
+  Raises:
+    Exception: the error itself if it is a defect.
+  """
+  if isinstance(error, BrokenPipeError):
+    return _closed_output()
+  words = no_room(error)
+  if isinstance(error, UsageError):
+    sentence = str(error)
+  elif words:
+    file = getattr(error, "filename", None)
+    sentence = (
+      f"{f'{file}: ' * bool(file)}{words}; make room or lift the limit, and "
+      "give the same command again"
+    )
+  else:
+    raise error
+  # Standard output and standard error may be on the full disk too.
+  with contextlib.suppress(OSError):
+    print(printable(f"error: {sentence}"), file=sys.stderr, flush=True)
+  try:
+    sys.stdout.flush()
+  except OSError:
+    _drop_output()
+  return 2
+
+
+def _closed_output() -> int:
   """Says that the reader of standard output has gone, as after `| head`.
 
   Call it while handling a BrokenPipeError.
@@ -51,8 +103,7 @@ def closed_output() -> int:
   try:
     print(flush=True)
   except BrokenPipeError:
-    # Python flushes standard output when it exits, which would fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop_output()
   else:
     raise
   print(
@@ -60,3 +111,24 @@ def closed_output() -> int:
     file=sys.stderr,
   )
   return 1
+
+
+def _drop_output() -> None:
+  # Python flushes standard output when it exits, which would fail again.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether a record is no error of Orbax, or of its tasks in asyncio."""
+  if record.levelno < logging.ERROR:
+    return True
+  error = record.exc_info[1] if record.exc_info else None
+  # A task's name has the path of its code.
+  source = record.pathname + record.getMessage()
+  return "orbax" not in source and no_room(error) is None
+
+
+def _unraisablehook(unraisable: Any) -> None:
+  # TensorStore's threads have more to tell to a loop that Orbax has closed.
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
@@ -32,7 +31,6 @@ from train.job import Job, make_job
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Exports, and returns the exit status: 2 for bad input."""
-  absl.logging.set_verbosity(absl.logging.ERROR)
   return run_command(__doc__, _report, argv)
 
 

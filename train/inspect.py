@@ -12,8 +12,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import absl.logging
-
 from flax_mechanic.checkpoints.checkpointer import Checkpointer
 from flax_mechanic.errors import UsageError
 from train.command import run_command
@@ -31,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0, 1 if a checkpoint is damaged, 2 for bad input.
   """
-  absl.logging.set_verbosity(absl.logging.ERROR)
   problems: list[str] = []
   report = functools.partial(_report, problems)
   return run_command(__doc__, report, argv) or int(bool(problems))

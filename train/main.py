@@ -23,9 +23,9 @@ from collections.abc import Sequence
 import absl.logging
 
 import flax_mechanic
-from flax_mechanic.errors import UsageError, printable
+from flax_mechanic.errors import UsageError
 from train import flags
-from train.command import closed_output
+from train.command import failed, quieten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     0 after the last step, and when SIGTERM or Ctrl-C ended the training with a
-    checkpoint; 1 if nothing reads the output any more; 2 for bad input, and for
-    a loss that is not finite at the end; 130 for Ctrl-C at any other time. Any
-    other exception is a defect and keeps its traceback.
+    checkpoint; 1 if nothing reads the output any more; 2 for bad input, a full
+    disk, and a loss that is not finite at the end; 130 for Ctrl-C at any other
+    time. Any other exception is a defect and keeps its traceback.
   """
   arguments = sys.argv[1:] if argv is None else argv
-  absl.logging.set_verbosity(absl.logging.WARNING)
+  quieten(absl.logging.WARNING)
   try:
     if not {"-h", "--help"}.isdisjoint(arguments):
       _print_help(arguments)
@@ -61,14 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     processes.connect(given)
     loop.train(config, workdir)
-  except UsageError as error:
-    print(printable(f"error: {error}"), file=sys.stderr)
-    return 2
   except KeyboardInterrupt:
     print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
     return 130
-  except BrokenPipeError:
-    return closed_output()
+  except Exception as error:
+    return failed(error)
   return 0
 
 

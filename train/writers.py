@@ -10,6 +10,9 @@ import importlib.util
 import json
 import math
 import os
+import socket
+import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +97,7 @@ class JsonlWriter(MetricWriter):
       lines = path.read_bytes().splitlines(keepends=True)
       kept = [line for line in lines if _step(line) <= resume_step]
     files.write(path, b"".join(kept))
-    # buffering=1 flushes every line.
-    self._file = path.open("a", buffering=1, encoding="utf-8")
+    self._file = _File(path)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     numbers = {name: float(value) for name, value in scalars.items()}
@@ -103,18 +105,17 @@ class JsonlWriter(MetricWriter):
       name: number if math.isfinite(number) else None
       for name, number in numbers.items()
     }
-    self._file.write(json.dumps(line) + "\n")
-
-  def flush(self) -> None:
-    self._file.flush()
+    self._file.write(json.dumps(line).encode() + b"\n")
 
   def close(self) -> None:
     self._file.close()
 
 
 class TensorBoardWriter(MetricWriter):
-  """TensorBoard's event files, by tensorboardX.
+  """TensorBoard's event files, in tensorboardX's format.
 
+  What is written is in the file when a call returns. tensorboardX's own writer
+  has a thread instead, whose end, on a full disk, would block the run for ever.
   Images also need Pillow, and audio needs soundfile. Videos, which tensorboardX
   turns into GIFs with moviepy, and write_summaries are ignored. For a resumed
   run, TensorBoard 2.21 keeps showing the first hyperparameters.
@@ -131,44 +132,52 @@ class TensorBoardWriter(MetricWriter):
     Raises:
       UsageError: an earlier event file is a link.
     """
-    import tensorboardX
-
-    # tensorboardX would write through it.
-    for file in Path(logdir).glob("events.out.tfevents.*"):
+    logdir = Path(logdir)
+    logdir.mkdir(parents=True, exist_ok=True)
+    for file in logdir.glob("events.out.tfevents.*"):
       if file.is_symlink():
         raise UsageError(
           f"{file} is a link, which no run of this job makes; delete it, or "
           "take another --workdir"
         )
-    # Any: tensorboardX 2.6 declares narrower types than it accepts.
-    self._writer: Any = tensorboardX.SummaryWriter(
-      str(logdir),
-      # The first step to hide.
-      purge_step=resume_step + 1 if resume_step else 0,
-      # tensorboardX 2.6 names files by the second, and so could overwrite one.
-      filename_suffix=f".{resume_step or 0}",
-    )
+    # TensorBoard reads the files of a directory in the order of their names.
+    name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+    self._file = _File(logdir / name)
+    self._write(file_version="brain.Event:2")
+    # The first step to hide.
+    step = resume_step + 1 if resume_step else 0
+    self._write(step=step, session_log={"status": "START"})
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    from tensorboardX import summary
+
     for name, value in scalars.items():
-      self._writer.add_scalar(name, float(value), step)
+      self._write(step=step, summary=summary.scalar(name, float(value)))
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    from tensorboardX import summary
+
     for name, text in texts.items():
-      self._writer.add_text(name, text, step)
+      self._write(step=step, summary=summary.text(name, text))
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+    from tensorboardX import summary
+
     for name, image in images.items():
       batch = np.asarray(image)
       batch = batch if batch.ndim == 4 else batch[None]
-      self._writer.add_images(name, batch, step, dataformats="NHWC")
+      value = summary.image(name, batch, dataformats="NHWC")
+      self._write(step=step, summary=value)
 
   def write_audios(
     self, step: int, audios: Mapping[str, Any], *, sample_rate: int
   ) -> None:
+    from tensorboardX import summary
+
     for name, batch in audios.items():
       for i, audio in enumerate(np.asarray(batch)):
-        self._writer.add_audio(f"{name}/{i}", audio, step, sample_rate)
+        value = summary.audio(f"{name}/{i}", audio, sample_rate)
+        self._write(step=step, summary=value)
 
   def write_histograms(
     self,
@@ -176,14 +185,14 @@ class TensorBoardWriter(MetricWriter):
     arrays: Mapping[str, Any],
     num_buckets: Mapping[str, int] | None = None,
   ) -> None:
+    from tensorboardX import summary
+
     for name, array in arrays.items():
-      bins = (num_buckets or {}).get(name, "tensorflow")
-      self._writer.add_histogram(name, array, step, bins=bins)
+      bins = (num_buckets or {}).get(name, 30)
+      self._write(step=step, summary=summary.histogram(name, array, bins))
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    # add_hparams would open a second event file, and TensorBoard, which follows
-    # the last file of a directory, would miss what the first one gains.
-    from tensorboardX.summary import hparams as hparams_summary
+    from tensorboardX import summary
 
     kinds = (str, bool, int, float)
     known = {
@@ -193,14 +202,25 @@ class TensorBoardWriter(MetricWriter):
     # An experiment's summary would have to list the metrics, which are not yet
     # known. Without one TensorBoard shows every scalar, and first of all the
     # hyperparameters that differ between runs.
-    _, start, _ = hparams_summary(known, {})
-    self._writer.file_writer.add_summary(start)
-
-  def flush(self) -> None:
-    self._writer.flush()
+    _, start, _ = summary.hparams(known, {})
+    self._write(summary=start)
 
   def close(self) -> None:
-    self._writer.close()
+    self._file.close()
+
+  def _write(self, **fields: Any) -> None:
+    """Writes an event as a record: its length and its bytes, with their CRC."""
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    make_event: Any = vars(event_pb2)["Event"]  # protobuf has no static types
+    data = make_event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    self._file.write(
+      b"".join(
+        part + struct.pack("<I", masked_crc32c(part)) for part in (length, data)
+      )
+    )
 
 
 class MultiWriter(MetricWriter):
@@ -240,6 +260,26 @@ def make_writer(
   if importlib.util.find_spec("tensorboardX"):
     writers.append(TensorBoardWriter(workdir, resume_step))
   return MultiWriter(writers)
+
+
+class _File:
+  """A file to append to, without a buffer that could fail when it is closed."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._file = path.open("ab", buffering=0)
+
+  def write(self, data: bytes) -> None:
+    """Writes all of it, or raises an OSError that names the file."""
+    try:
+      while data:
+        data = data[self._file.write(data) :]
+    except OSError as error:
+      error.filename = str(self._path)
+      raise
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def _step(line: bytes) -> float:

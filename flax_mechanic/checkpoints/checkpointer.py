@@ -29,7 +29,7 @@ from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.checkpoints.lock import Lock
 from flax_mechanic.checkpoints.renamed import saved_paths
 from flax_mechanic.checkpoints.retention import Retention
-from flax_mechanic.errors import UsageError, printable
+from flax_mechanic.errors import UsageError, no_room, printable
 from flax_mechanic.paths import by_path, leaf_path
 
 # Above every step; counts of updates are int32.
@@ -378,9 +378,10 @@ class Checkpointer:
         int(name) for name in os.listdir(self.directory) if name.isdecimal()
       ]
       raise UsageError(
-        f"saving into {self.directory} failed ({first_line(error)}); it holds "
-        f"steps {sorted(steps) or 'none'}; make room, or make it writable, and "
-        "the same command resumes"
+        f"saving into {self.directory} failed "
+        f"({no_room(error) or first_line(error)}); it holds steps "
+        f"{sorted(steps) or 'none'}; make room, or make it writable, and the "
+        "same command resumes"
       ) from error
 
   def _check_fit(

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -219,6 +220,45 @@ def test_a_signal_to_a_lone_process(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_is_lost(tmp_path, lost):
+  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
+  started = start([tmp_path] * 2, 2, *arguments)
+  log = tmp_path / "metrics.jsonl"
+  while not log.exists() or log.read_text().count("\n") < 20:
+    time.sleep(0.1)
+    assert all(process.poll() is None for process in started)
+  started[lost].kill()
+  other = started[1 - lost]
+  # jax's C++ may have its say before.
+  *_, error = other.communicate(timeout=20)[1].splitlines()
+  assert other.returncode == 75
+  assert error.startswith(f"error: process {lost} on ")
+  assert "was lost; start the job again" in error
+  step = max(
+    int(path.name)
+    for path in (tmp_path / "checkpoints").iterdir()
+    if path.name.isdecimal()
+  )
+  more = f"--config.num_steps={step + 4}"
+  assert f"at step {step}" in run_alone(tmp_path, *DIGITS, more)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone(tmp_path):
+  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
+  started = start([tmp_path] * 2, 2, *arguments)
+  # The first process writes the metrics.
+  size = (30_000, 30_000)
+  resource.prlimit(started[0].pid, resource.RLIMIT_FSIZE, size)
+  statuses, texts = finish(started)
+  assert statuses == [2, 75]
+  assert texts[0][1].startswith("error: ")
+  assert "File too large; make room" in texts[0][1]
+  assert "error: process 0 on localhost has ended" in texts[1][1]
+
+
+@pytest.mark.slow
 def test_processes_that_disagree_say_so(tmp_path):
   first, second = tmp_path / "first", tmp_path / "second"
   statuses, texts = finish(start([first, second], 1, *DIGITS))
@@ -294,8 +334,8 @@ ENVIRONMENTS = {
 CONNECT = """
 import jax
 from train import processes
-processes.connect(None)
-print(jax.process_index(), jax.process_count(), jax.local_device_count())
+with processes.connect(None):
+  print(jax.process_index(), jax.process_count(), jax.local_device_count())
 """
 
 

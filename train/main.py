@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 after the last step, and when SIGTERM or Ctrl-C ended the training with a
     checkpoint; 1 if nothing reads the output any more; 2 for bad input, a full
     disk, and a loss that is not finite at the end; 130 for Ctrl-C at any other
-    time. Any other exception is a defect and keeps its traceback.
+    time. Any other exception is a defect and keeps its traceback. A process
+    that loses another one exits with 75 instead of returning.
   """
   arguments = sys.argv[1:] if argv is None else argv
   quieten(absl.logging.WARNING)
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ' pip install "flax_mechanic[train]"'
       ) from error
 
-    processes.connect(given)
-    loop.train(config, workdir)
+    with processes.connect(given):
+      loop.train(config, workdir)
   except KeyboardInterrupt:
     print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)
     return 130

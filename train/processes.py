@@ -1,5 +1,6 @@
 """Several processes, one job: they connect, agree and stop together."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -11,13 +12,17 @@ from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
+from jax._src import distributed  # It has no public name.
 from jax.experimental import multihost_utils
 
 from flax_mechanic.errors import UsageError
 from train.flags import Processes
+from train.lifeline import Lifeline, delay_abort
 
 
-def connect(given: Processes | None) -> None:
+def connect(
+  given: Processes | None,
+) -> contextlib.AbstractContextManager[object]:
   """Connects to the job's other processes; call it before using a device.
 
   Args:
@@ -25,9 +30,20 @@ def connect(given: Processes | None) -> None:
       TPU pod, GKE, SLURM or Open MPI. A process that is alone there stays
       alone.
 
+  Returns:
+    A context in which this process ends when another one is lost.
+
   Raises:
     UsageError: the environment describes the processes incompletely.
   """
+  _initialize(given)
+  if jax.process_count() == 1:
+    return contextlib.nullcontext()
+  delay_abort()
+  return Lifeline(distributed.global_state)
+
+
+def _initialize(given: Processes | None) -> None:
   if given is not None:
     jax.distributed.initialize(*given)
     return

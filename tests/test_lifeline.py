@@ -1,0 +1,111 @@
+"""Processes that end, as the others see it; here without jax."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+# What each does: it connects, says so, and does what it is told.
+PROCESS = """
+import pathlib, sys, time, types
+from train import lifeline
+
+path, i, count = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+lifeline._GRACE = 0.2
+
+class Store:
+  def key_value_set(self, key, value):
+    path.with_suffix(".new").write_text(value)
+    path.with_suffix(".new").rename(path)
+
+  def blocking_key_value_get(self, key, timeout_ms):
+    while not path.exists():
+      time.sleep(0.01)
+    return path.read_text()
+
+lifeline.delay_abort()
+state = types.SimpleNamespace(
+  process_id=i, num_processes=count, client=Store(),
+  coordinator_address="localhost:1",
+)
+with lifeline.Lifeline(state):
+  print("connected", flush=True)
+  exec(input())
+"""
+
+
+def start(folder, count):
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, folder / "port", str(i), str(count)],
+      cwd=ROOT,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(count)
+  ]
+  assert [each.stdout.readline() for each in started] == ["connected\n"] * count
+  return started
+
+
+def finish(started, commands):
+  """Tells each what to do; returns statuses and errors."""
+  for process, command in zip(started, commands, strict=True):
+    if command is not None:
+      process.stdin.write(command + "\n")
+      process.stdin.flush()
+  errors = [process.communicate(timeout=20)[1] for process in started]
+  return [process.returncode for process in started], errors
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_every_other_process_names_the_one_that_is_lost(tmp_path, lost):
+  started = start(tmp_path, 3)
+  started[lost].kill()
+  statuses, errors = finish(started, [None] * 3)
+  assert statuses.pop(lost) == -signal.SIGKILL
+  assert statuses == [75, 75]
+  errors.pop(lost)
+  for error in errors:
+    assert error.startswith(f"error: process {lost} on ")
+    assert error.endswith(
+      " was lost; start the job again, with as many processes or fewer, and "
+      "it resumes\n"
+    )
+
+
+def test_an_abort_of_jax_waits_for_the_sentence(tmp_path):
+  started = start(tmp_path, 2)
+  abort = "import ctypes; print('x', flush=True); ctypes.CDLL(None).abort()"
+  started[1].stdin.write(abort + "\n")
+  started[1].stdin.flush()
+  assert started[1].stdout.read(1) == "x"
+  started[0].kill()
+  statuses, errors = finish(started, [None] * 2)
+  assert statuses == [-signal.SIGKILL, 75]
+  assert "process 0 on localhost was lost" in errors[1]
+
+
+def test_processes_that_end_together_are_not_lost(tmp_path):
+  statuses, errors = finish(start(tmp_path, 3), ["pass"] * 3)
+  assert statuses == [0, 0, 0]
+  assert errors == [""] * 3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_others_end_after_one_that_fails_alone(tmp_path, first):
+  commands = ["time.sleep(20)"] * 3
+  # At its end jax would wait for the others.
+  commands[first] = "import atexit; atexit.register(time.sleep, 20); 1 / 0"
+  statuses, errors = finish(start(tmp_path, 3), commands)
+  assert statuses.pop(first) == 2
+  assert statuses == [75, 75]
+  errors.pop(first)
+  for error in errors:
+    assert error.startswith(f"error: process {first} on ")
+    assert "has ended; see its error; start the job again" in error

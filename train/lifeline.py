@@ -1,0 +1,164 @@
+"""Ends a process when another one is lost, which jax takes minutes to notice.
+
+Every process holds a connection to process 0. The kernel closes it however a
+process ends, and gives up on a machine that is silent for 15 seconds.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from typing import Any, Self
+
+# The exit status of a process that lost another: EX_TEMPFAIL of sysexits.h.
+LOST = 75
+# How long the others have, in seconds, to end after one that has ended.
+_GRACE = 10
+_LEAVING = "leaving"
+_KEY = "flax_mechanic/lifeline"
+
+
+class Lifeline:
+  """What a process knows of the others.
+
+  A context manager around what they do together. When a process ends within
+  it, or leaves it while others stay, each other process says so in one sentence
+  and exits with the status `LOST`.
+  """
+
+  def __init__(self, state: Any) -> None:
+    """Connects the processes, all of which must call it.
+
+    Args:
+      state: jax's, which knows where process 0 is.
+    """
+    # The exit status of a process that has left.
+    self._status: int | None = None
+    # Each connection, and the process at its other end.
+    self._peers: dict[socket.socket, str] = {}
+    if state.process_id == 0:
+      self._accept(state)
+    else:
+      self._join(state)
+    for peer in self._peers:
+      _give_up_after(peer, seconds=15)
+    threading.Thread(target=self._watch, daemon=True).start()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None:
+      # The loss of a process also shows as an error of what needed it.
+      time.sleep(1)
+    self._status = 2 if kind else 0
+    self._tell(_LEAVING)
+
+  def _accept(self, state: Any) -> None:
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    token = secrets.token_hex()
+    with socket.create_server(
+      ("", 0), family=family, dualstack_ipv6=family == socket.AF_INET6
+    ) as server:
+      port = server.getsockname()[1]
+      state.client.key_value_set(_KEY, f"{port} {token}")
+      while len(self._peers) < state.num_processes - 1:
+        peer, _ = server.accept()
+        said, _, name = _line(peer).partition(" ")
+        if said == token:
+          self._peers[peer] = name
+
+  def _join(self, state: Any) -> None:
+    port, token = state.client.blocking_key_value_get(_KEY, 60_000).split()
+    host = state.coordinator_address.rpartition(":")[0].strip("[]")
+    peer = socket.create_connection((host, int(port)))
+    name = f"process {state.process_id} on {socket.gethostname()}"
+    peer.sendall(f"{token} {name}\n".encode())
+    self._peers[peer] = f"process 0 on {host}"
+
+  def _watch(self) -> None:
+    with selectors.DefaultSelector() as selector:
+      for peer in self._peers:
+        selector.register(peer, selectors.EVENT_READ)
+      while selector.get_map():
+        for key, _ in selector.select():
+          peer: Any = key.fileobj
+          said = _line(peer)
+          if said == _LEAVING:
+            selector.unregister(peer)
+            sentence = f"{self._peers[peer]} has ended; see its error"
+            timer = threading.Timer(_GRACE, self._end, [sentence])
+            timer.daemon = True
+            timer.start()
+          else:
+            self._end(said or f"{self._peers[peer]} was lost")
+
+  def _end(self, sentence: str) -> None:
+    """Ends this process, whatever its main thread is waiting for."""
+    if self._status is None:
+      self._tell(sentence)
+      _say(
+        f"error: {sentence}; start the job again, with as many processes or "
+        "fewer, and it resumes"
+      )
+    os._exit(LOST if self._status is None else self._status)
+
+  def _tell(self, line: str) -> None:
+    for peer in self._peers:
+      with contextlib.suppress(OSError):
+        peer.sendall(f"{line}\n".encode())
+
+
+def _say(sentence: str) -> None:
+  """Prints a sentence to stderr, as the last that is printed there.
+
+  jax's threads, which meet the loss at the same time, are cut off.
+  """
+  stderr = os.dup(2)
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+  # A live progress line hides the cursor.
+  show_cursor = "\033[?25h" if os.isatty(stderr) else ""
+  with contextlib.suppress(OSError):
+    os.write(stderr, f"{show_cursor}{sentence}\n".encode())
+
+
+def _line(peer: socket.socket) -> str:
+  """Returns the next line; "" if there is none."""
+  line = b""
+  with contextlib.suppress(OSError):
+    while byte := peer.recv(1):
+      if byte == b"\n":
+        break
+      line += byte
+  return line.decode(errors="replace")
+
+
+def _give_up_after(peer: socket.socket, seconds: int) -> None:
+  """Has the kernel close a connection to a machine that is silent."""
+  peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+  every = seconds // 5
+  for option, value in (
+    ("TCP_KEEPIDLE", every),
+    ("TCP_KEEPINTVL", every),
+    ("TCP_KEEPCNT", 4),
+  ):
+    if hasattr(socket, option):
+      peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def delay_abort() -> None:
+  """Has abort() wait for some seconds, in which a lifeline ends the process.
+
+  jax aborts as soon as the coordinator, process 0, is lost. A handler in Python
+  would never run. This one is C's sleep, which takes the signal's number, 6, as
+  seconds; the abort then goes on.
+  """
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+  libc.signal.restype = ctypes.c_void_p
+  libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))

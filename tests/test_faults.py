@@ -509,13 +509,16 @@ def test_kills_at_any_instant(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("limit", "words"),
-  [(4, "error: "), (8, "events.out.tfevents"), (200, "error: saving into")],
-  ids=["small", "metrics", "arrays"],
+  ("limit", "words", "option"),
+  [
+    (4, "error: ", "--config.log_every=20"),
+    (8, "events.out.tfevents", "--config.log_every=1"),
+    (200, "error: saving into", "--config.model.widths=(512, 512)"),
+  ],
+  ids=["config", "metrics", "arrays"],
 )
-def test_a_full_disk(tmp_path, limit, words):
-  more = ["--config.num_steps=200", "--config.model.widths=(512, 512)"]
-  more += ["--config.log_every=1"] if limit < 200 else []
+def test_a_full_disk(tmp_path, limit, words, option):
+  more = ["--config.num_steps=120", option]
   process = run(tmp_path, *more, limit=limit)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 2
@@ -527,4 +530,18 @@ def test_a_full_disk(tmp_path, limit, words):
   process = run(tmp_path, *more)
   output, error = process.communicate()
   assert process.returncode == 0, error
-  assert "done at step 200" in output
+  assert "done at step 120" in output
+
+
+@pytest.mark.slow
+def test_a_damaged_step_is_told_in_one_line(tmp_path):
+  process = run(tmp_path, "--config.num_steps=120")
+  process.communicate()
+  for each in (tmp_path / "checkpoints" / "120" / "state").rglob("d/*"):
+    os.truncate(each, 20)
+  process = run(tmp_path, "--config.num_steps=140")
+  output, error = process.communicate()
+  assert process.returncode == 0, error
+  assert "at step 100" in output
+  assert error.count("\n") == 1
+  assert "step 120 in" in error

@@ -477,6 +477,24 @@ def test_subprocess_ctrl_c(tmp_path):
   assert error == "stopped by Ctrl-C; the same command resumes\n"
 
 
+@pytest.mark.parametrize("module", ["train.main", "train.inspect"])
+def test_subprocess_ctrl_c_while_it_imports(module):
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  process = subprocess.Popen(
+    # It says what it has imported.
+    [sys.executable, "-X", "importtime", "-m", module],
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  while not process.stderr.readline().endswith("| train\n"):
+    assert process.poll() is None
+  process.send_signal(signal.SIGINT)
+  _, error = process.communicate(timeout=30)
+  assert process.returncode == 130
+  assert error.endswith("stopped by Ctrl-C; the same command resumes\n")
+  assert "Traceback" not in error
+
+
 @pytest.mark.parametrize(
   "module",
   [

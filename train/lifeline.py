@@ -15,11 +15,17 @@ import threading
 import time
 from typing import Any, Self
 
+from absl import logging
+
 # The exit status of a process that lost another: EX_TEMPFAIL of sysexits.h.
 LOST = 75
 # How long the others have, in seconds, to end after one that has ended.
 _GRACE = 10
+# How long all of them have to connect, in seconds.
+_CONNECT = 60
+# What a process says of itself; any other line is why all end.
 _LEAVING = "leaving"
+_UNWATCHED = "unwatched"
 _KEY = "flax_mechanic/lifeline"
 
 
@@ -41,11 +47,21 @@ class Lifeline:
     self._status: int | None = None
     # Each connection, and the process at its other end.
     self._peers: dict[socket.socket, str] = {}
-    if state.process_id == 0:
-      self._accept(state)
-    else:
-      self._join(state)
+    try:
+      if state.process_id == 0:
+        self._accept(state)
+      else:
+        self._join(state)
+    except OSError as error:  # A firewall, for example.
+      logging.warning(
+        "a lost process will be noticed by jax alone, after 100 seconds: no "
+        "connection of all processes to process 0 (%s)",
+        error,
+      )
+      self._tell(_UNWATCHED)
+      self._peers.clear()
     for peer in self._peers:
+      peer.settimeout(None)
       _give_up_after(peer, seconds=15)
     threading.Thread(target=self._watch, daemon=True).start()
 
@@ -67,16 +83,19 @@ class Lifeline:
     ) as server:
       port = server.getsockname()[1]
       state.client.key_value_set(_KEY, f"{port} {token}")
+      server.settimeout(_CONNECT)
       while len(self._peers) < state.num_processes - 1:
         peer, _ = server.accept()
+        peer.settimeout(_CONNECT)
         said, _, name = _line(peer).partition(" ")
         if said == token:
           self._peers[peer] = name
 
   def _join(self, state: Any) -> None:
-    port, token = state.client.blocking_key_value_get(_KEY, 60_000).split()
+    value = state.client.blocking_key_value_get(_KEY, 1000 * _CONNECT)
+    port, token = value.split()
     host = state.coordinator_address.rpartition(":")[0].strip("[]")
-    peer = socket.create_connection((host, int(port)))
+    peer = socket.create_connection((host, int(port)), timeout=_CONNECT)
     name = f"process {state.process_id} on {socket.gethostname()}"
     peer.sendall(f"{token} {name}\n".encode())
     self._peers[peer] = f"process 0 on {host}"
@@ -89,13 +108,14 @@ class Lifeline:
         for key, _ in selector.select():
           peer: Any = key.fileobj
           said = _line(peer)
-          if said == _LEAVING:
+          if said in (_LEAVING, _UNWATCHED):
             selector.unregister(peer)
+          if said == _LEAVING:
             sentence = f"{self._peers[peer]} has ended; see its error"
             timer = threading.Timer(_GRACE, self._end, [sentence])
             timer.daemon = True
             timer.start()
-          else:
+          elif said != _UNWATCHED:
             self._end(said or f"{self._peers[peer]} was lost")
 
   def _end(self, sentence: str) -> None:

@@ -79,13 +79,8 @@ def failed(error: Exception) -> int:
     )
   else:
     raise error
-  # Standard output and standard error may be on the full disk too.
-  with contextlib.suppress(OSError):
+  with contextlib.suppress(OSError):  # It may be on the full disk too.
     print(printable(f"error: {sentence}"), file=sys.stderr, flush=True)
-  try:
-    sys.stdout.flush()
-  except OSError:
-    _drop_output()
   return 2
 
 
@@ -103,7 +98,8 @@ def _closed_output() -> int:
   try:
     print(flush=True)
   except BrokenPipeError:
-    _drop_output()
+    # Python flushes standard output when it exits, which would fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   else:
     raise
   print(
@@ -111,11 +107,6 @@ def _closed_output() -> int:
     file=sys.stderr,
   )
   return 1
-
-
-def _drop_output() -> None:
-  # Python flushes standard output when it exits, which would fail again.
-  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -213,6 +213,24 @@ def mechanize(
   )
 
 
+class _Learned(NamedTuple):
+  """What an update does, as far as the inner products decide it.
+
+  Attributes:
+    ok: whether the gradient is used, bool scalar.
+    restart: whether everything goes back to the start, likewise.
+    forget: whether the base goes back to its start, likewise.
+    S: the new scale, of the groups' shape.
+    fields: the state's new fields, those of the parameters' size aside.
+  """
+
+  ok: jax.Array
+  restart: jax.Array
+  forget: jax.Array
+  S: jax.Array
+  fields: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Mechanic:
   """The transformation; the fields are `mechanize`'s arguments, checked."""
@@ -280,6 +298,30 @@ class _Mechanic:
       groups=groups,
       pairs=PAIRS if self.rho is None else (*PAIRS, "dd"),
     )
+    learned = self._learn(sums, state)
+    accept = lambda new, old: jnp.where(learned.ok, new, old)
+
+    # The base receives g_t and sends u_t.
+    u, base_state = held_update(
+      base_update,
+      accept,
+      g,
+      state.base_optimizer_state,
+      x,
+      Restart(learned.forget, self.base.init(x)),
+    )
+    u = _map(lambda _, g, u: None if g is None else u, params, updates, u)
+    # Delta_{t+1} = Delta_t + u_t, x_{t+1} = x0 + S_{t+1} Delta_{t+1}
+    S = groups.spread(learned.S, params)
+    moved, delta = offset.advance(offsets, u, S, accept, learned.restart)
+    return moved, state._replace(
+      base_optimizer_state=base_state, x0=x0, delta=delta, **learned.fields
+    )
+
+  def _learn(
+    self, sums: Sequence[jax.Array], state: MechanicState
+  ) -> "_Learned":
+    """Judges a gradient and learns s from it, both by its inner products."""
     verdict, known = sizes.judge(
       state.sizes,
       sums[0],
@@ -301,40 +343,20 @@ class _Mechanic:
         jnp.sum(tuned.s, -1),
       )
     )
-    accept = lambda new, old: jnp.where(ok, new, old)
-
-    # The base receives g_t and sends u_t.
-    u, base_state = held_update(
-      base_update,
-      accept,
-      g,
-      state.base_optimizer_state,
-      x,
-      Restart(forget, self.base.init(x)),
-    )
-    u = _map(lambda _, g, u: None if g is None else u, params, updates, u)
-    # Delta_{t+1} = Delta_t + u_t, x_{t+1} = x0 + S_{t+1} Delta_{t+1}
-    moved, delta = offset.advance(
-      offsets, u, groups.spread(S, params), accept, restart
-    )
-
-    learned = {
+    new = {
       "count": optax.safe_increment(state.count),
       "scale": S,
       **tuned._asdict(),
       **memory,
     }
-    kept = {
-      name: jnp.where(restart, start, getattr(state, name))
-      for name, start in self._start(groups.shape, dtype).items()
+    start = self._start(S.shape, S.dtype)
+    fields = {
+      name: jnp.where(
+        ok, value, jnp.where(restart, start[name], getattr(state, name))
+      )
+      for name, value in new.items()
     }
-    return moved, state._replace(
-      base_optimizer_state=base_state,
-      x0=x0,
-      delta=delta,
-      sizes=known,
-      **{name: accept(learned[name], old) for name, old in kept.items()},
-    )
+    return _Learned(ok, restart, forget, S, fields | {"sizes": known})
 
   def _start(
     self, shape: tuple[int, ...], dtype: jnp.dtype

@@ -39,7 +39,7 @@ def test_every_option_is_the_method_s_own_default():
     "num_betas": 6,
     "variant": "optax",
     "betas": None,
-    "spike_factor": 5.0,
+    "spike_factor": 4.0,
     "x0_dtype": None,
     "relative_s_init": 0.01,
     "groups": ".*",

@@ -67,7 +67,7 @@ def test_what_is_usual_is_not_skipped():
 
 
 def test_little_is_known_among_the_first():
-  assert skipped([1.0, 40.0]) == []
+  assert skipped([1.0, 35.0]) == []
   assert skipped([1.0, 60.0]) == [1]
   assert skipped([*GOOD[:11], 15.0]) == [11]
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 # A spike is so many times as large as the largest gradient of late; among the
 # first gradients, when little is known, up to so many times more.
-FACTOR = 5.0
+FACTOR = 4.0
 YOUNG = 10
 # Of late: the largest size is forgotten at this rate.
-_DECAY = 0.98
+_DECAY = 0.97
 # A part of the gradient that is smaller than this fraction of the whole does
 # no harm, whatever its own size was.
 _PART = 0.1

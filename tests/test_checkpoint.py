@@ -22,6 +22,8 @@ from flax_mechanic import (
   make_optimizer,
   mechanize,
 )
+from flax_mechanic.mechanic.sizes import Sizes
+from tests import network
 
 
 class Model(nnx.Module):
@@ -314,3 +316,28 @@ with flax_mechanic.Checkpointer({str(tmp_path)!r}) as checkpointer:
   print(checkpointer.restore(state).step)
 """
   assert run(code) == "1\n"
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("name", ["prodigy", "dog", "cocob"])
+def test_the_guard_is_put_around_a_saved_state_or_off(tmp_path, name, guarded):
+  def opt_state(guard, steps):
+    config = add_optimizer_config(ConfigDict(), name)
+    config.update({"guard": guard, "accumulate_steps": 2})
+    return network.train(make_optimizer(config), steps)[1]
+
+  saved, target = opt_state(guarded, 6), opt_state(not guarded, 1)
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(6, saved)
+    restored = checkpointer.restore(target).state
+  leaves = lambda tree, of_sizes: [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if (".sizes" in jax.tree_util.keystr(path)) == of_sizes
+  ]
+  jax.tree.map(
+    np.testing.assert_array_equal, leaves(restored, False), leaves(saved, False)
+  )
+  # Nothing is known, and no gradient counts as one of the first.
+  assert len(leaves(restored, True)) == (0 if guarded else len(Sizes._fields))
+  assert not any(np.any(leaf) for leaf in leaves(restored, True))

@@ -53,23 +53,31 @@ def saved_paths(
   wanted: Iterable[str], saved: Collection[str]
 ) -> Mapping[str, str]:
   """Returns path -> the path under which it is saved, for those that are."""
-  guards = [path.removesuffix(_PEAK) for path in saved if path.endswith(_PEAK)]
-  found = {}
-  for path in wanted:
-    unguarded = [
-      path[: match.start()] + path[match.end() :]
-      for match in re.finditer(_INNER, path)
-    ]
-    guarded = [
-      guard + _INNER + path.removeprefix(guard)
-      for guard in guards
-      if path.startswith(guard)
-    ]
-    sources = (_renamed(each, saved) for each in (path, *unguarded, *guarded))
-    source = next((each for each in sources if each is not None), None)
-    if source is not None:
-      found[path] = source
-  return found
+  wanted = list(wanted)
+  # Where the guard has been put around a state since, or taken off it.
+  unguarded = dict.fromkeys(
+    path[: match.start()]
+    for path in wanted
+    for match in re.finditer(_INNER, path)
+  )
+  guarded = [path.removesuffix(_PEAK) for path in saved if path.endswith(_PEAK)]
+  ways = [
+    ("", ""),
+    *((node + _INNER, node) for node in unguarded),
+    *((node, node + _INNER) for node in guarded),
+  ]
+
+  def found(way: tuple[str, str]) -> dict[str, str]:
+    here, there = way
+    sources = {
+      path: _renamed(there + path.removeprefix(here), saved)
+      if path.startswith(here)
+      else _renamed(path, saved)
+      for path in wanted
+    }
+    return {path: source for path, source in sources.items() if source}
+
+  return max(map(found, ways), key=len)
 
 
 def _renamed(path: str, saved: Collection[str]) -> str | None:

@@ -22,6 +22,7 @@ from flax_mechanic.methods.guard import GuardState, guard
 from tests import network
 from tests.optimizers import NAMES, configure
 from train import loop
+from train.faults import gradients
 from train.tasks.digits import Digits
 
 
@@ -406,3 +407,22 @@ def test_a_run_may_skip_any_number(bad_job, tmp_path, capsys):
   with pytest.raises(UsageError, match="eval/loss is nan at step 12"):
     loop.train(bad_job, tmp_path)
   assert "(8 so far, 8 in a row)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_shows_what_the_guard_saves(capsys):
+  method = "--method=adamw: optimizer=adamw learning_rate=0.03"
+  gradients.main(["--num_steps=60", "--seeds=1", method])
+  worst = lambda row: float(row.split("/")[1].split(" ")[0])
+  kinds = [
+    {
+      row.split("|")[1].strip(): worst(row)
+      for row in table.splitlines()
+      if "/" in row
+    }
+    for table in capsys.readouterr().out.split("with the guard:")
+  ]
+  without, with_guard = kinds
+  assert without.keys() == with_guard.keys()
+  for kind in ("nan, ten of them", "1e+06, ten of them", "nan, at step 1"):
+    assert with_guard[kind] < 2 < without[kind]

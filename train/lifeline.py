@@ -24,7 +24,8 @@ _GRACE = 10
 # How long all of them have to connect, in seconds.
 _CONNECT = 60
 # What a process says of itself; any other line is why all end.
-_LEAVING = "leaving"
+_DONE = "done"
+_FAILED = "failed"
 _UNWATCHED = "unwatched"
 _KEY = "flax_mechanic/lifeline"
 
@@ -33,8 +34,8 @@ class Lifeline:
   """What a process knows of the others.
 
   A context manager around what they do together. When a process ends within
-  it, or leaves it while others stay, each other process says so in one sentence
-  and exits with the status `LOST`.
+  it, or leaves it by an exception while others stay, each other process says so
+  in one sentence and exits with the status `LOST`.
   """
 
   def __init__(self, state: Any) -> None:
@@ -73,7 +74,7 @@ class Lifeline:
       # The loss of a process also shows as an error of what needed it.
       time.sleep(1)
     self._status = 2 if kind else 0
-    self._tell(_LEAVING)
+    self._tell(_FAILED if kind else _DONE)
 
   def _accept(self, state: Any) -> None:
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -108,14 +109,14 @@ class Lifeline:
         for key, _ in selector.select():
           peer: Any = key.fileobj
           said = _line(peer)
-          if said in (_LEAVING, _UNWATCHED):
+          if said in (_DONE, _FAILED, _UNWATCHED):
             selector.unregister(peer)
-          if said == _LEAVING:
+          if said == _FAILED:
             sentence = f"{self._peers[peer]} has ended; see its error"
             timer = threading.Timer(_GRACE, self._end, [sentence])
             timer.daemon = True
             timer.start()
-          elif said != _UNWATCHED:
+          elif said not in (_DONE, _UNWATCHED):
             self._end(said or f"{self._peers[peer]} was lost")
 
   def _end(self, sentence: str) -> None:

@@ -26,7 +26,7 @@ from train.command import run_command
 
 _COLUMNS = 3
 # Metrics without a panel: the edges of bands, and what is not a result.
-_LEFT_OUT = ("_min", "_max", "steps_per_second")
+_LEFT_OUT = ("_min", "_max", "steps_per_second", "skipped_in_a_row")
 
 # A run's metrics -> their steps and values.
 Curves = Mapping[str, tuple[np.ndarray, np.ndarray]]

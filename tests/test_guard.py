@@ -122,8 +122,9 @@ def test_a_part_alone():
   spike = lambda part, value: [
     value if i == part else each for i, each in enumerate([1.0, 0.05, 0.0])
   ]
-  # The whole is 1.4 times as large.
-  assert skipped([*good, spike(1, 1.0)]) == [20]
+  # The whole is hardly larger. The largest of the part was 0.1.
+  assert skipped([*good, spike(1, 0.9)]) == [20]
+  assert skipped([*good, spike(1, 0.6)]) == []
   # It is much larger than it was, and yet far smaller than the whole.
   tiny = [[norm, 1e-4 * norm, 0.0] for norm in GOOD]
   assert skipped([*tiny, [1.0, 1e-2, 0.0]]) == []

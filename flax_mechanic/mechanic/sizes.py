@@ -11,8 +11,10 @@ FACTOR = 4.0
 YOUNG = 10
 # Of late: the largest size is forgotten at this rate.
 _DECAY = 0.97
-# A part of the gradient that is smaller than this fraction of the whole does
-# no harm, whatever its own size was.
+# Parts of the gradient vary more than the whole: the factor is twice as large
+# for them. A part that is smaller than this fraction of the whole does no harm,
+# whatever its own size was.
+_OF_PART = 2.0
 _PART = 0.1
 # The first gradients were bad if a later one is so many times smaller than the
 # smallest of them.
@@ -89,10 +91,11 @@ def judge(
   """Judges a gradient by its size and those before it.
 
   - One that is not finite, or that is too large to be squared, is bad.
-  - So is a spike: the norm of the whole or of a part is more than `factor`
-    times the largest one of late. A bad gradient does not change what is
-    known, so that any number of them is told from good ones. But after 25
-    unusual gradients in a row, the size that they have is the usual one.
+  - So is a spike: the norm of the whole is more than `factor` times the largest
+    one of late, or that of a part is more than twice as many times. A bad
+    gradient does not change what is known, so that any number of them is told
+    from good ones. But after 25 unusual gradients in a row, the size that they
+    have is the usual one.
   - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
@@ -114,7 +117,8 @@ def judge(
   norm, peak = norms[0], state.peak[0]
   finite = jnp.isfinite(norm) & finite
   judged = finite & (norm > 0) & (jnp.asarray(factor) > 0)
-  limits = factor * (1 + state.young) * state.peak
+  factors = jnp.full_like(norms, _OF_PART).at[0].set(1.0) * factor
+  limits = factors * (1 + state.young) * state.peak
   is_spike = judged & jnp.any(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )

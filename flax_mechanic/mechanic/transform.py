@@ -141,10 +141,10 @@ def mechanize(
       package mechanic-pytorch (whose s_init is 1e-8), starts from s = 0 and
       m = 1e-6, does not clip, and decays with the parameters after the base's
       update.
-    spike_factor: a finite gradient is a spike if its norm, or that of a group
-      of leaves, exceeds this many times the largest one of late; among the
-      first ten, up to ten times more. A norm that stays high is accepted after
-      25 steps. 0 skips none.
+    spike_factor: a finite gradient is a spike if its norm exceeds this many
+      times the largest one of late, or that of a group of leaves twice as many;
+      among the first ten, up to ten times more. A norm that stays high is
+      accepted after 25 steps. 0 skips none.
     x0_dtype: of x0 where the parameters are float32 or float64. "bfloat16"
       saves half a copy of the parameters in memory, and an update over adamw
       moves 10 copies instead of 11. The first update rounds the parameters to

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.path import deleter
 
 from flax_mechanic import Checkpointer, UsageError
 from flax_mechanic.checkpoints import lock, record
@@ -324,6 +325,31 @@ def test_retention_deletes_no_folder_that_is_not_a_step_of_the_run(folder):
       checkpointer.save(step, make_state(step))
   assert {path.name for path in folder.iterdir()} == {"0", "3", "5"}
   assert (folder / "0" / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("part", ["record", "state"])
+def test_a_kill_while_a_step_is_deleted(folder, tmp_path, monkeypatch, part):
+  monkeypatch.setattr(
+    deleter.PathDeleter, "delete", lambda self, path: shutil.rmtree(path / part)
+  )
+  target = jax.eval_shape(lambda: make_state(0))
+  killed = tmp_path / "killed"
+  with Checkpointer(folder, keep=1) as checkpointer:
+    checkpointer.save(3, make_state(3))
+    checkpointer.wait()
+    shutil.copytree(folder, killed)
+  assert (killed / "2").is_dir()
+  with Checkpointer(killed, keep=1) as checkpointer:
+    assert {path.name for path in killed.iterdir()} == {"3"}
+    assert checkpointer.restore(target).step == 3
+
+
+def test_a_kill_before_a_step_is_whole_deletes_nothing(folder):
+  note = {"saved": 3, "deleted": [1, 2, "../elsewhere"]}
+  for text in (json.dumps(note), "[]", "{", "[" * 10**5):
+    (folder / ".deleting").write_text(text)
+    with Checkpointer(folder) as checkpointer:
+      assert checkpointer.steps() == [1, 2]
 
 
 def test_damage_is_one_sentence(tmp_path, monkeypatch):

@@ -104,6 +104,10 @@ class Checkpointer:
       _check_links(Path(self.directory))
     self._lock = None if read_only else Lock(self.directory)
     self._retention = Retention(self.directory, keep, keep_every, best)
+    if not read_only:
+      if jax.process_index() == 0:
+        self._retention.finish()
+      multihost_utils.sync_global_devices("deleted steps are gone")
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self._retention,
       cleanup_tmp_directories=not read_only,
@@ -284,6 +288,8 @@ class Checkpointer:
     try:
       with self._writing():
         self._manager.close()
+      if not self._read_only:
+        self._retention.deleted()
     finally:
       if self._lock is not None:
         self._lock.release()

@@ -1,10 +1,13 @@
 """Which steps a run keeps; of the others it deletes only its own."""
 
+import contextlib
 import json
 import math
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import jax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_mechanic.checkpoints import record as record_lib
@@ -15,6 +18,9 @@ class Retention(preservation_policy.PreservationPolicy):
 
   Orbax's own policies forget the metrics of steps that an earlier process
   saved (0.12.8), and with them which one is the best.
+
+  Orbax deletes file by file, so a kill can leave a part of a step. What is to
+  be deleted is noted in a file, and the next run finishes it.
   """
 
   def __init__(self, directory: str, keep: int, keep_every: int, best: str):
@@ -27,6 +33,7 @@ class Retention(preservation_policy.PreservationPolicy):
       best: as there.
     """
     self._directory = Path(directory)
+    self._note = self._directory / ".deleting"
     self._keep, self._keep_every = keep, keep_every
     self._best = best.removeprefix("-")
     self._sign = 1 if best.startswith("-") else -1
@@ -46,7 +53,30 @@ class Retention(preservation_policy.PreservationPolicy):
     steps = [each.step for each in checkpoints]
     own = [step for step in sorted(steps) if self._is_own(step)]
     kept = self._kept(own)
+    deleted = [step for step in own if step not in kept]
+    if deleted and jax.process_index() == 0:
+      note = {"saved": own[-1], "deleted": deleted}
+      self._note.write_text(json.dumps(note))
     return [step not in own or step in kept for step in steps]
+
+  def deleted(self) -> None:
+    """Notes that what was to be deleted has been."""
+    if jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        self._note.unlink()
+
+  def finish(self) -> None:
+    """Deletes what a run that was killed has left of steps it was deleting."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+      note = json.loads(self._note.read_text())
+      match note:
+        case {"saved": int(saved), "deleted": [*deleted]}:
+          # Nothing is deleted before the new step is whole.
+          if (self._directory / str(saved)).is_dir():
+            for step in deleted:
+              if isinstance(step, int):
+                shutil.rmtree(self._directory / str(step), ignore_errors=True)
+    self.deleted()
 
   def _kept(self, own: Sequence[int]) -> Collection[int]:
     kept = {*own[-self._keep :]}

@@ -166,21 +166,23 @@ class Checkpointer:
       "versions": record_lib.versions(),
       "arrays": describe(pure, checksums(pure)),
     }
-    if step not in self.steps():
-      self._retention.saving(step, numbers)
+    steps = self.steps()
+    if steps and step <= steps[-1]:
+      raise ValueError(
+        f"step {step} was not saved: {self.directory} holds step {steps[-1]} "
+        "already"
+      )
+    self._retention.saving(step, numbers)
     with self._writing():
-      saved = self._manager.save(
+      self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(pure),
           record=ocp.args.JsonSave(record_lib.seal(record)),
         ),
         metrics=numbers,
-      )
-    if not saved:
-      raise ValueError(
-        f"step {step} was not saved: {self.directory} holds step "
-        f"{self.latest()} already"
+        # Orbax would not save below a number that is no step, such as a date.
+        force=True,
       )
 
   def restore(

@@ -65,6 +65,15 @@ def test_jsonl_fresh(tmp_path, resume_step):
   assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.new"])
+def test_a_folder_in_place_of_a_file(tmp_path, name):
+  (tmp_path / name).mkdir()
+  with pytest.raises(
+    UsageError, match=r"metrics\.jsonl cannot be written \(Is a directory\)"
+  ):
+    writers.JsonlWriter(tmp_path / "metrics.jsonl")
+
+
 def test_an_event_file_that_is_a_link(tmp_path):
   pytest.importorskip("tensorboardX")
   (tmp_path / "events.out.tfevents.1.host").symlink_to(tmp_path / "elsewhere")

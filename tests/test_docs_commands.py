@@ -120,7 +120,11 @@ def check_pip(words):
 
 
 # By tests/test_benchmark.py and tests/test_guard.py.
-TESTED_ELSEWHERE = ("train.benchmark", "train.faults.gradients")
+TESTED_ELSEWHERE = (
+  "train.benchmark",
+  "train.faults",
+  "train.faults.gradients",
+)
 # Commands that take only folders, and how many.
 FOLDERS = {"train.inspect": 1, "train.plot": 1, "train.export": 2}
 

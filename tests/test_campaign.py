@@ -1,0 +1,111 @@
+"""The fault campaign: a few of its trials, and that its judge is strict."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from flax_mechanic.checkpoints import record
+from train.faults import judge
+from train.faults.jobs import STEPS, Job
+from train.faults.runs import Ended
+
+ROOT = pathlib.Path(__file__).parent.parent
+DONE = f"done at step {STEPS}: eval/loss 1\n"
+
+
+@pytest.mark.slow
+def test_some_trials():
+  process = subprocess.run(
+    [sys.executable, "-m", "train.faults", "--trials=10", "--seed=1"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stdout + process.stderr
+  assert "| all " in process.stdout
+
+
+@pytest.mark.parametrize(
+  ("ended", "outcome"),
+  [
+    (Ended(None, DONE, ""), "hang"),
+    (Ended(0, DONE, "Traceback (most recent call last)"), "traceback"),
+    (Ended(1, "", ""), "other"),
+    (Ended(-6, "", ""), "other"),
+    (Ended(0, DONE, "a line\n" * 40), "other"),
+    (Ended(2, "", ""), "silent"),
+    (Ended(2, "", "error: a\nerror: b\n"), "silent"),
+    (Ended(0, "step 1\n", ""), "silent"),
+    (Ended(2, "", "error: No space left on device\n"), None),
+    (Ended(0, DONE, ""), None),
+  ],
+)
+def test_how_a_run_may_end(ended, outcome):
+  found = judge.of_ends([Ended(0, DONE, ""), ended], {0, 2})
+  assert (found and found.outcome) == outcome
+
+
+@pytest.fixture
+def job(tmp_path):
+  """A job of which two steps, one of them damaged, are left."""
+  job = Job("", 1, tmp_path)
+  for step in (30, 35):
+    (job.checkpoints / str(step)).mkdir(parents=True)
+    (job.checkpoints / str(step) / "array").write_text(str(step))
+  return job
+
+
+def resumed(step, words=""):
+  output = f"{words}\nresuming {step}/checkpoints at step {step}\n{DONE}"
+  return Ended(0, output, "")
+
+
+def test_damage_has_to_be_said(job):
+  before = judge.files(job.checkpoints)
+  newest = job.checkpoints / "35"
+  assert judge.of_damage(job, before, resumed(35)) is None
+  newest.rename(job.checkpoints / "damaged_35")
+  assert judge.of_damage(job, before, resumed(30)).outcome == "silent"
+  said = resumed(30, "step 35 in checkpoints cannot be read")
+  assert judge.of_damage(job, before, said) is None
+  (job.checkpoints / "damaged_35" / "array").unlink()
+  assert judge.of_damage(job, before, said).outcome == "other"
+
+
+def test_a_run_that_does_not_start_has_to_leave_everything(job):
+  before = judge.files(job.checkpoints)
+  error = Ended(2, "", "error: no intact step is left\n")
+  assert judge.of_damage(job, before, error).outcome == "one sentence"
+  (job.checkpoints / "30" / "array").unlink()
+  assert judge.of_damage(job, before, error).outcome == "other"
+
+
+def save(job, loss, checksum):
+  line = {"step": STEPS, "train/loss": loss, "steps_per_second": loss}
+  (job.workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+  fields = {
+    "step": STEPS,
+    "config": {},
+    "data": {},
+    "metrics": {},
+    "versions": {},
+    "arrays": {"w": {"shape": [1], "dtype": "int32", "checksum": checksum}},
+  }
+  folder = job.checkpoints / str(STEPS) / "record"
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "metadata").write_text(json.dumps(record.seal(fields)))
+
+
+def test_numbers_have_to_be_the_same(job):
+  save(job, 1.0, "a")
+  wanted = job.numbers()
+  assert judge.of_numbers(job, wanted).outcome == "same numbers"
+  save(job, 1.0, "b")
+  assert judge.of_numbers(job, wanted).outcome == "silent"
+  save(job, 2.0, "a")
+  assert judge.of_numbers(job, wanted).outcome == "silent"
+  (job.workdir / "metrics.jsonl").unlink()
+  assert judge.of_numbers(job, wanted).outcome == "silent"

@@ -1,0 +1,133 @@
+"""The jobs that are disturbed, and their numbers when nothing disturbs them."""
+
+import email
+import json
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax_mechanic.checkpoints import record
+from train.faults.runs import Ended, Run
+
+STEPS = 40
+EVERY = 5
+KEPT = 4
+
+_ROOT = Path(__file__).parents[2]
+_DIGITS = "configs/digits.py:mlp model.widths=(8,) batch_size=8"
+_CNN = "configs/digits.py:small_cnn model.widths=(4,4) batch_size=8"
+_LOGISTIC = "configs/digits.py:logistic batch_size=8"
+_CANCER = "configs/tabular.py:breast_cancer"
+_DIABETES = "configs/tabular.py:diabetes model.widths=(8,)"
+_TEXT = (
+  f"configs/text.py:tiny data.path={Path(email.__file__).parent} "
+  "data.eval_windows=16 sample_length=8"
+)
+# A config file and fields.
+JOBS = (
+  f"{_DIGITS} optimizer=mechanic",
+  f"{_TEXT} optimizer=mechanic",
+  f"{_CANCER} optimizer=mechanic opt.mechanic.base=sgd",
+  f"{_CNN} optimizer=mechanic opt.mechanic.base=lion accumulate_steps=2",
+  f"{_DIABETES} optimizer=mechanize",
+  f"{_DIGITS} optimizer=mechanic param_dtype=bfloat16",
+  f"{_TEXT} optimizer=adamw learning_rate=0.003",
+  f"{_DIGITS} optimizer=schedule_free learning_rate=0.01",
+  f"{_LOGISTIC} optimizer=prodigy",
+  f"{_DIABETES} optimizer=sgd learning_rate=0.03",
+  f"{_DIGITS} optimizer=dpsgd learning_rate=0.03",
+  f"{_CANCER} optimizer=cocob",
+  f"{_CNN} optimizer=muon learning_rate=0.01",
+)
+# Run by two processes.
+JOBS_OF_TWO = (
+  f"{_DIGITS} optimizer=mechanic",
+  f"{_TEXT} optimizer=adamw learning_rate=0.003 mesh.fsdp=2 mesh.data=1",
+)
+
+
+class Numbers(NamedTuple):
+  """What two runs have in common if one computed the same as the other.
+
+  Attributes:
+    metrics: every line of metrics.jsonl, without times.
+    checksums: path -> checksum of the arrays of the last checkpoint.
+  """
+
+  metrics: Sequence[Mapping[str, Any]]
+  checksums: Mapping[str, str]
+
+
+class Job(NamedTuple):
+  """A job, and where it runs.
+
+  Attributes:
+    text: a config file and fields.
+    processes: how many run it.
+    workdir: its directory.
+  """
+
+  text: str
+  processes: int
+  workdir: Path
+
+  @property
+  def checkpoints(self) -> Path:
+    """The folder of its steps."""
+    return self.workdir / "checkpoints"
+
+  def arguments(self) -> Sequence[str]:
+    """Returns the command line of a lone process."""
+    file, *fields = shlex.split(self.text)
+    common = [
+      f"num_steps={STEPS}",
+      f"checkpoint_every={EVERY}",
+      "log_every=1",
+      "eval_every=20",
+      f"checkpoint_keep={KEPT}",
+      "schedule.warmup_steps=4",
+    ]
+    return [
+      f"--config={_ROOT / file}",
+      f"--workdir={self.workdir}",
+      *(f"--config.{field}" for field in [*common, *fields]),
+    ]
+
+  def start(self, **options: Any) -> Sequence[Run]:
+    """Starts its processes; the options are those of `Run`."""
+    if self.processes == 1:
+      return [Run(self.arguments(), **options)]
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      port = free.getsockname()[1]
+    return [
+      Run(
+        [
+          *self.arguments(),
+          f"--coordinator=localhost:{port}",
+          f"--num_processes={self.processes}",
+          f"--process_id={i}",
+        ],
+        **options,
+      )
+      for i in range(self.processes)
+    ]
+
+  def run(self, **options: Any) -> Sequence[Ended]:
+    """Runs its processes until they end."""
+    return [each.end() for each in self.start(**options)]
+
+  def numbers(self) -> Numbers:
+    """Returns what it has computed; raises OSError or ValueError if nothing."""
+    lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
+    file = self.checkpoints / str(STEPS) / "record" / "metadata"
+    arrays = record.unseal(json.loads(file.read_text()))["arrays"]
+    return Numbers(
+      [
+        {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
+        for line in lines
+      ],
+      {path: each["checksum"] for path, each in arrays.items()},
+    )

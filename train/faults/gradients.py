@@ -6,8 +6,8 @@ r"""What bad gradients cost: the loss with them over the one without.
 --config=FILE    the job
 --seeds=N        runs of each kind, of which the median and the worst count
 --num_steps=N    of a run
---method=METHOD  in place of the usual ones: NAME of an optimizer, or LABEL and
-                 fields of the job; may be given several times
+--method=METHOD  in place of those in configs/faults.py: NAME of an optimizer,
+                 or LABEL and fields of the job; may be given several times
 
 prints two tables, with --config.guard=False and with the guard: a row for each
 kind of bad gradients, a column for each method, median/worst (gradients that
@@ -29,29 +29,12 @@ from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 import flax_mechanic
+from configs import faults
 from train import flags
 from train import job as job_lib
 from train import mesh as mesh_lib
 from train.sweep.runs import make_tasks
 from train.tables import format_table
-
-_METHODS = (
-  "mechanic(adamw): optimizer=mechanic",
-  "mechanic(sgd): optimizer=mechanic opt.mechanic.base=sgd",
-  "mechanic(lion): optimizer=mechanic opt.mechanic.base=lion",
-  "mechanize: optimizer=mechanize",
-  "mechanic, bfloat16: optimizer=mechanic param_dtype=bfloat16",
-  "mechanic, accumulated: optimizer=mechanic accumulate_steps=2",
-  "adamw: optimizer=adamw learning_rate=0.03",
-  "sgd: optimizer=sgd learning_rate=0.3",
-  "lion: optimizer=lion learning_rate=0.01",
-  "muon: optimizer=muon learning_rate=0.05",
-  "prodigy",
-  "schedule_free: optimizer=schedule_free learning_rate=0.03",
-  "cocob",
-  "dowg",
-  "momo_adam",
-)
 
 # Factors of the gradient, [steps, leaves].
 Factors = np.ndarray
@@ -71,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   config.num_steps = arguments.num_steps
   for guard in (False, True):
     columns = {}
-    for method in arguments.method or _METHODS:
+    for method in arguments.method or faults.get_config().methods:
       label, colon, text = method.partition(":")
       fields = shlex.split(text) if colon else [f"optimizer={label}"]
       job = config.copy_and_resolve_references()

@@ -1,6 +1,5 @@
 """The jobs that are disturbed, and their numbers when nothing disturbs them."""
 
-import email
 import json
 import shlex
 import socket
@@ -16,36 +15,6 @@ EVERY = 5
 KEPT = 4
 
 _ROOT = Path(__file__).parents[2]
-_DIGITS = "configs/digits.py:mlp model.widths=(8,) batch_size=8"
-_CNN = "configs/digits.py:small_cnn model.widths=(4,4) batch_size=8"
-_LOGISTIC = "configs/digits.py:logistic batch_size=8"
-_CANCER = "configs/tabular.py:breast_cancer"
-_DIABETES = "configs/tabular.py:diabetes model.widths=(8,)"
-_TEXT = (
-  f"configs/text.py:tiny data.path={Path(email.__file__).parent} "
-  "data.eval_windows=16 sample_length=8"
-)
-# A config file and fields.
-JOBS = (
-  f"{_DIGITS} optimizer=mechanic",
-  f"{_TEXT} optimizer=mechanic",
-  f"{_CANCER} optimizer=mechanic opt.mechanic.base=sgd",
-  f"{_CNN} optimizer=mechanic opt.mechanic.base=lion accumulate_steps=2",
-  f"{_DIABETES} optimizer=mechanize",
-  f"{_DIGITS} optimizer=mechanic param_dtype=bfloat16",
-  f"{_TEXT} optimizer=adamw learning_rate=0.003",
-  f"{_DIGITS} optimizer=schedule_free learning_rate=0.01",
-  f"{_LOGISTIC} optimizer=prodigy",
-  f"{_DIABETES} optimizer=sgd learning_rate=0.03",
-  f"{_DIGITS} optimizer=dpsgd learning_rate=0.03",
-  f"{_CANCER} optimizer=cocob",
-  f"{_CNN} optimizer=muon learning_rate=0.01",
-)
-# Run by two processes.
-JOBS_OF_TWO = (
-  f"{_DIGITS} optimizer=mechanic",
-  f"{_TEXT} optimizer=adamw learning_rate=0.003 mesh.fsdp=2 mesh.data=1",
-)
 
 
 class Numbers(NamedTuple):

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from configs import faults
 from train.faults import damage as damage_lib
 from train.faults import interruptions, judge
 from train.faults.damage import Damage
 from train.faults.interruptions import Interruption, Size
-from train.faults.jobs import JOBS, JOBS_OF_TWO, STEPS, Job, Numbers
+from train.faults.jobs import STEPS, Job, Numbers
 from train.faults.judge import Verdict
 from train.faults.runs import verify
 
@@ -57,7 +58,8 @@ class Trial(NamedTuple):
   def draw(self) -> tuple[np.random.Generator, str]:
     """Returns a generator of random numbers, and the job."""
     rng = np.random.default_rng([self.seed, self.number])
-    jobs = JOBS_OF_TWO if self.kind == _OF_TWO else JOBS
+    config = faults.get_config()
+    jobs = config.jobs_of_two if self.kind == _OF_TWO else config.jobs
     return rng, jobs[rng.integers(len(jobs))]
 
   @property

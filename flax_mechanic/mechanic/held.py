@@ -88,9 +88,7 @@ def held_update(
   values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   values |= zip(jaxpr.invars, inputs, strict=True)
   read = lambda atom: (
-    jnp.asarray(atom.val)
-    if isinstance(atom, jax.extend.core.Literal)
-    else values[atom]
+    atom.val if isinstance(atom, jax.extend.core.Literal) else values[atom]
   )
   kept = set()
   for equation in jaxpr.eqns:
@@ -107,7 +105,9 @@ def held_update(
       values[var] = result
 
   updates, new_state = jax.tree.structure(shapes).unflatten(
-    map(read, jaxpr.outvars)
+    # A literal is no jax.Array.
+    jnp.asarray(read(atom))
+    for atom in jaxpr.outvars
   )
   new_leaves = [
     new if id(atom) in kept or keep else accept(new, leaf)

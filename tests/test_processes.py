@@ -32,15 +32,20 @@ TEXT = [
   "--config.mesh.fsdp=2",
   "--config.mesh.tensor=2",
 ]
+MECHANIC = ["--config.optimizer=mechanic", "--config.opt.mechanic.s_init=1e-3"]
 EVERY = [
-  "--config.optimizer=mechanic",
-  "--config.opt.mechanic.s_init=1e-3",
   "--config.log_every=2",
   "--config.eval_every=4",
   "--config.checkpoint_every=4",
   "--config.schedule.name=warmup",  # It does not hang on num_steps.
   "--config.schedule.warmup_steps=2",
 ]
+
+
+def with_every(arguments):
+  """Returns a job's arguments, with those that every job has."""
+  named = any(word.startswith("--config.optimizer=") for word in arguments)
+  return [*EVERY, *([] if named else MECHANIC), *arguments]
 
 
 def free_port():
@@ -57,10 +62,9 @@ def start(workdirs, devices, *arguments):
     subprocess.Popen(
       [
         *(sys.executable, "-m", "train.main", f"--workdir={workdir}"),
-        *EVERY,
+        *with_every(arguments),
         *(together if count > 1 else []),
         *([f"--process_id={i}"] if count > 1 else []),
-        *arguments,
       ],
       cwd=ROOT,
       env=os.environ
@@ -88,7 +92,7 @@ def run(workdir, count, devices, *arguments):
 def run_alone(workdir, *arguments):
   """Runs the job in this process, on its 8 devices; returns what it prints."""
   with contextlib.redirect_stdout(io.StringIO()) as output:
-    assert main.main([f"--workdir={workdir}", *EVERY, *arguments]) == 0
+    assert main.main([f"--workdir={workdir}", *with_every(arguments)]) == 0
   return output.getvalue()
 
 

@@ -369,6 +369,8 @@ def test_a_guard_is_put_around_what_has_none():
   assert guards("adamw", peak=2.0) == (0, False)
   assert guards("adamw", peak=2.0, guard=True) == (1, True)
   assert guards("prodigy", peak=2.0) == (1, True)
+  assert guards("dpsgd") == (1, True)
+  assert guards("dpsgd", guard=False) == (0, False)
   # Mechanic has its own, and still skips what is not finite.
   assert guards("mechanic") == guards("mechanic", guard=False) == (0, True)
 

@@ -177,17 +177,23 @@ def test_damage_that_one_process_alone_reads(tmp_path):
   assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "whole"))
 
 
+def start_endless(workdir, count):
+  """Starts a job that does not end, and waits for its first 20 steps."""
+  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
+  started = start([workdir] * count, 2 if count > 1 else 1, *arguments)
+  log = workdir / "metrics.jsonl"
+  while not log.exists() or log.read_text().count("\n") < 20:
+    time.sleep(0.1)
+    assert all(process.poll() is None for process in started)
+  return started
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_stops_all_at_one_step(tmp_path, number):
   # A shell's background jobs ignore it, and so would what they start.
   signal.signal(signal.SIGINT, signal.default_int_handler)
-  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
-  started = start([tmp_path] * 2, 2, *arguments)
-  log = tmp_path / "metrics.jsonl"
-  while not log.exists() or log.read_text().count("\n") < 20:
-    time.sleep(0.1)
-    assert all(process.poll() is None for process in started)
+  started = start_endless(tmp_path, 2)
   started[1].send_signal(number)
   statuses, texts = finish(started)
   assert statuses == [0, 0], texts
@@ -210,12 +216,7 @@ def test_a_signal_to_one_stops_all_at_one_step(tmp_path, number):
 
 @pytest.mark.slow
 def test_a_signal_to_a_lone_process(tmp_path):
-  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
-  started = start([tmp_path], 1, *arguments)
-  log = tmp_path / "metrics.jsonl"
-  while not log.exists() or log.read_text().count("\n") < 20:
-    time.sleep(0.1)
-    assert started[0].poll() is None
+  started = start_endless(tmp_path, 1)
   started[0].send_signal(signal.SIGTERM)
   (status,), ((output, _),) = finish(started)
   assert status == 0
@@ -226,12 +227,7 @@ def test_a_signal_to_a_lone_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_is_lost(tmp_path, lost):
-  arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
-  started = start([tmp_path] * 2, 2, *arguments)
-  log = tmp_path / "metrics.jsonl"
-  while not log.exists() or log.read_text().count("\n") < 20:
-    time.sleep(0.1)
-    assert all(process.poll() is None for process in started)
+  started = start_endless(tmp_path, 2)
   started[lost].kill()
   other = started[1 - lost]
   # jax's C++ may have its say before.

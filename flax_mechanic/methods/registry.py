@@ -36,7 +36,7 @@ class Method:
     base_options: values that options of its base must have, if it has them.
     refuses: row -> why this wrapper does not work over it.
     cautions: row -> the warning when this wrapper is over it.
-    unguarded: values of options that set off the guard against bad gradients
+    unguarded: arguments of `build` that set off the guard against bad gradients
       that it has itself; without any it is given one.
     rounds_to_nothing: whether its first steps are so small that rounding loses
       them where parameters are narrower than float32, of which it then warns.

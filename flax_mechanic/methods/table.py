@@ -416,15 +416,11 @@ def _aggregate(l2_norm_clip, noise_multiplier, seed):
   )
 
 
-def _dpsgd(
-  learning_rate, l2_norm_clip, noise_multiplier, seed, momentum, nesterov
-):
+def _dpsgd(learning_rate, momentum, nesterov, guarded=True, **privacy):
+  sgd = optax.sgd(learning_rate, momentum, nesterov)
   # contrib.dpsgd hands its seed on to a deprecated argument (optax 0.2.8).
   # What was clipped and noised may be judged without a loss of privacy.
-  return optax.chain(
-    _aggregate(l2_norm_clip, noise_multiplier, seed),
-    guard(optax.sgd(learning_rate, momentum, nesterov)),
-  )
+  return optax.chain(_aggregate(**privacy), guard(sgd) if guarded else sgd)
 
 
 _PRIVACY = {"l2_norm_clip": 1.0, "noise_multiplier": 1.0, "seed": 0}
@@ -433,6 +429,7 @@ register(
   "dpsgd",
   _dpsgd,
   options=_PRIVACY | {"momentum": float, "nesterov": False},
+  unguarded={"guarded": False},
   needs=frozenset({"per_example"}),
   summary="SGD on clipped and noised per-example gradients",
   advice="differential privacy; large batches, no batch norm",

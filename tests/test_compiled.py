@@ -8,9 +8,16 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
+from ml_collections import ConfigDict
 
 from configs import text
-from flax_mechanic import Optimizer, TrainState, mechanize
+from flax_mechanic import (
+  Optimizer,
+  TrainState,
+  add_optimizer_config,
+  make_optimizer,
+  mechanize,
+)
 from train.cost import facts, program
 from train.cost.updates import UPDATES, base_copies
 from train.job import make_job
@@ -123,6 +130,24 @@ def test_bytes_on_v5e(name, base, shapes):
   unavoidable = base_copies(base) + update.unavoidable
   assert found.accessed == pytest.approx(unavoidable, abs=0.02)
   assert found.temporary < 0.01
+
+
+# Also of methods whose state has a copy of the first parameters.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prodigy", "cocob", "dog", "schedule_free"])
+@pytest.mark.usefixtures("tpu_compiler")
+def test_a_guard_reads_the_gradient_once_more(name):
+  def accessed(guard):
+    config = add_optimizer_config(ConfigDict({"learning_rate": 1.0}), name)
+    config.guard = guard
+    return facts.compile_update(
+      make_optimizer(config),
+      facts.SIX_MATRICES,
+      facts.v5e(),
+      facts.NO_PREFETCH,
+    ).accessed
+
+  assert accessed(True) - accessed(False) < 1.02
 
 
 @functools.cache

@@ -67,6 +67,15 @@ def test_what_is_usual_is_not_skipped():
     assert not any(verdict.lasting for verdict in verdicts)
 
 
+def test_a_spike_is_measured_against_the_gradients_of_late():
+  smaller = [0.1 * norm for norm in GOOD * 8]
+  assert skipped([*GOOD, *smaller, 1.5]) == [180]
+  # Zeros are none of them, neither of the whole nor of a part.
+  assert skipped([*GOOD, *[0.0] * 160, 1.5]) == []
+  parts = [[1.0, 0.5 * (i < 20)] for i in range(180)]
+  assert skipped([*parts, [1.0, 0.5]]) == []
+
+
 def test_little_is_known_among_the_first():
   assert skipped([1.0, 35.0]) == []
   assert skipped([1.0, 60.0]) == [1]
@@ -83,6 +92,9 @@ def test_a_size_that_stays_is_the_usual_one(value):
   assert verdicts[44].change == pytest.approx(value, rel=0.5)
   at = [i for i, verdict in enumerate(verdicts) if not verdict.ok]
   assert at == (list(range(20, 44)) if value > 1 else [])
+  # What the largest of the row say, not the last.
+  row = [2.0 * value, *[0.7 * value] * 24]
+  assert judge([*GOOD, *row])[0][-1].change == pytest.approx(value, rel=0.3)
   # A spike of the new size is one.
   assert skipped([*GOOD, *later, 100 * value])[-1] == 80
 
@@ -292,7 +304,8 @@ def test_an_adopted_start_is_not_gone_back_to():
 
 
 def test_a_lasting_change_costs_mechanic_what_its_base_remembers():
-  tx = mechanize(optax.adam(1.0), relative_s_init=0.01, eps=1e-20)
+  options = {"relative_s_init": 0.01, "eps": 1e-20, "mean_decay": True}
+  tx = mechanize(optax.adam(1.0), **options)
   update = jax.jit(tx.update)
   x = network.params()
   state = tx.init(x)
@@ -311,6 +324,7 @@ def test_a_lasting_change_costs_mechanic_what_its_base_remembers():
       assert np.all(change < 1e-2)
       assert np.all(change[1:] > 1e-5)
       np.testing.assert_allclose(state.scale, before.scale, rtol=0.2)
+      assert state.mean_norm < 1e-2 * before.mean_norm
 
 
 @pytest.mark.parametrize("way", ["pmap", "ZeRO-1", "accumulated"])

@@ -434,11 +434,20 @@ def test_a_run_whose_gradients_are_all_bad_ends(bad_job, tmp_path, capsys):
 
 
 def test_a_run_may_skip_any_number(bad_job, tmp_path, capsys):
-  bad_job.max_skipped_in_a_row = 0
+  bad_job.max_skipped_in_a_row, bad_job.num_steps = 0, 8
   # The loss of the evaluation is NaN as well.
-  with pytest.raises(UsageError, match="eval/loss is nan at step 12"):
+  with pytest.raises(UsageError, match="eval/loss is nan at step 8"):
     loop.train(bad_job, tmp_path)
-  assert "(8 so far, 8 in a row)" in capsys.readouterr().out
+  assert "step 8: skipped" in capsys.readouterr().out
+
+
+def test_what_was_skipped_before_a_resume_is_not_told_again():
+  known = sizes.init(1, jnp.float32)._replace(skipped=jnp.int32(3))
+  skips = loop._Skips({"optimizer": {"opt_state": known}}, 0)
+  at = lambda skipped: {"skipped": skipped, "skipped_in_a_row": 1}
+  told = [list(skips.told(5 + i, at(n))) for i, n in enumerate((3, 4, 4))]
+  assert told[:2] == [[], []]
+  assert told[2][0].startswith("step 6: skipped")
 
 
 @pytest.mark.slow

@@ -13,11 +13,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint._src.path import deleter
 
 from flax_mechanic import Checkpointer, UsageError
-from flax_mechanic.checkpoints import lock, record
+from flax_mechanic.checkpoints import arrays, lock, record
 from train import inspect
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -116,6 +117,32 @@ def test_every_file_truncated_or_gone(saved, tmp_path):
       shutil.rmtree(folder)
   print(counts)
   assert counts.keys() <= {"harmless", "detected"}
+
+
+def test_orbax_needs_patience_where_an_array_cannot_be_read(
+  tmp_path, monkeypatch
+):
+  item = {f"{i}": np.random.default_rng(i).random(2**16) for i in range(16)}
+  ocp.PyTreeCheckpointer().save(tmp_path / "item", item)
+  data = max(files(tmp_path), key=lambda path: path.stat().st_size)
+  os.truncate(data, data.stat().st_size // 2)
+  handler = ocp.PyTreeCheckpointHandler()
+  printed = []
+  monkeypatch.setattr(sys, "unraisablehook", printed.append)
+  attempts = 0  # Each is likely, but not sure, to leave others unread.
+  while not printed and attempts < 20:
+    attempts += 1
+    with pytest.raises(ValueError, match="OUT_OF_RANGE"):
+      handler.restore(tmp_path / "item")
+    time.sleep(0.1)
+  # Once this fails, `arrays._patience` can go.
+  assert printed
+  printed.clear()
+  for _ in range(3 * attempts):
+    with pytest.raises(arrays.DamageError, match="item cannot be read"):
+      arrays.read_on_all("item", lambda: handler.restore(tmp_path / "item"))
+  time.sleep(0.1)
+  assert not printed
 
 
 def test_a_damaged_array_is_named(folder):
@@ -445,6 +472,13 @@ def test_a_link_in_a_step_s_place(folder, tmp_path, name):
   with pytest.raises(UsageError, match=f"{name} is a link"):
     Checkpointer(folder)
   assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_pipe_in_a_file_s_place(folder, read_only):
+  os.mkfifo(folder / "2" / "state" / "pipe")
+  with pytest.raises(UsageError, match="2/state/pipe is neither a file nor a"):
+    Checkpointer(folder, read_only=read_only)
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 10**5], ids=["list", "deep"])

@@ -95,13 +95,12 @@ class Checkpointer:
       read_only: whether to only read, beside a run that may be writing.
 
     Raises:
-      UsageError: the directory cannot be written, another run is writing it, or
-        a step in it is a link.
+      UsageError: the directory cannot be written, another run is writing it, a
+        step in it is a link, or a file a pipe.
     """
     self.directory = os.path.abspath(directory)
     self._read_only = read_only
-    if not read_only:
-      _check_links(Path(self.directory))
+    _check_kinds(Path(self.directory), read_only)
     self._lock = None if read_only else Lock(self.directory)
     self._retention = Retention(self.directory, keep, keep_every, best)
     if not read_only:
@@ -409,17 +408,25 @@ class Checkpointer:
       )
 
 
-def _check_links(directory: Path) -> None:
-  """Raises a UsageError for a link under the name of a step.
+def _check_kinds(directory: Path, read_only: bool) -> None:
+  """Raises a UsageError for what no run saves, such as a pipe or a link.
 
-  Orbax would write through it, or wait for minutes where it cannot delete it.
+  Orbax would write through the link of a step, or wait for minutes where it
+  cannot delete it, and for ever for what comes through a pipe.
   """
-  for path in directory.glob("[0-9]*"):
-    if path.is_symlink():
-      raise UsageError(
-        f"{path} is a link, where a run writes its steps; delete the link, or "
-        "take another --workdir"
-      )
+  for step in directory.glob("[0-9]*"):
+    if step.is_symlink() and not read_only:
+      _refuse(step, "a link")
+    for path in step.rglob("*"):
+      if path.exists() and not path.is_file() and not path.is_dir():
+        _refuse(path, "neither a file nor a folder")
+
+
+def _refuse(path: Path, kind: str) -> None:
+  raise UsageError(
+    f"{path} is {kind}, where a run writes its steps; delete it, or take "
+    "another --workdir"
+  )
 
 
 def _cast(leaf: Any, target: Any) -> Any:

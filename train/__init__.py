@@ -5,7 +5,12 @@ import signal
 import sys
 
 
-def _stop(*_: object) -> None:
+def stop(*_: object) -> None:
+  """Handles Ctrl-C: ends the process at once, and says what resumes it.
+
+  A KeyboardInterrupt would be lost where it comes in the callback of a weak
+  reference or of the garbage collector.
+  """
   # A live progress line hides the cursor.
   show_cursor = "\033[?25h" if os.isatty(2) else ""
   line = f"{show_cursor}stopped by Ctrl-C; the same command resumes\n"
@@ -13,10 +18,9 @@ def _stop(*_: object) -> None:
   os._exit(130)
 
 
-# In `python -m train.main`, whose imports take seconds. Not all of them let a
-# KeyboardInterrupt through. A background job of a shell ignores Ctrl-C.
+# In `python -m train.main`, whose imports take seconds. A background job of a shell ignores Ctrl-C.
 if (
   sys.argv[:1] == ["-m"]
   and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
-  signal.signal(signal.SIGINT, _stop)
+  signal.signal(signal.SIGINT, stop)

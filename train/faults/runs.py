@@ -1,6 +1,7 @@
 """Jobs in forked processes, which need not import anything."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -9,11 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from train import inspect, main
+from train import inspect, main, stop
 
 FORK = multiprocessing.get_context("fork")
 # How long a run may take, in seconds; undisturbed it takes two.
 LIMIT = 90.0
+# Has a run that hangs print where.
+_WHERE = signal.SIGUSR1
 
 
 class Ended(NamedTuple):
@@ -80,6 +83,8 @@ class Run:
     """Waits until it ends, and kills it if that takes too long."""
     hangs = self.wait(seconds)
     if hangs:
+      self.send(_WHERE)
+      self.wait(1.0)
       self._process.kill()
     self._process.join()
     self._read()
@@ -111,6 +116,7 @@ def _work(
   for descriptor, (_, write) in enumerate(pipes, start=1):
     os.dup2(write, descriptor)
   sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-  signal.signal(signal.SIGINT, signal.default_int_handler)
+  faulthandler.register(_WHERE)
+  signal.signal(signal.SIGINT, stop)
   prepare()
   sys.exit(command(arguments))

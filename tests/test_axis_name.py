@@ -65,8 +65,14 @@ def train(step, state):
   return state, losses
 
 
-@pytest.mark.parametrize("map_", [in_pmap, in_shard_map])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  ("method", "map_"),
+  [
+    *((method, in_pmap) for method in METHODS),
+    ("mechanic", in_shard_map),
+    ("dpsgd", in_shard_map),
+  ],
+)
 def test_a_split_batch_is_a_whole_one(method, map_):
   def step(state, inputs, targets, key, axis_name="batch"):
     return state.minimize(noisy_loss, inputs, targets, key, axis_name=axis_name)

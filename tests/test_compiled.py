@@ -37,22 +37,23 @@ def compile_train_state(tx, mesh):
   return facts.facts_of(compiled, facts.copy_bytes(params))
 
 
+# The flag's options on every kind of mesh, and others where programs differ.
+FLAGS = {"groups": ".*", "relative_s_init": 0.01, "mean_decay": True}
+
+
 @pytest.mark.parametrize(
-  "options",
+  ("axis_type", "compile_update", "options"),
   [
-    {},
-    {"x0_dtype": "bfloat16"},
-    {"groups": ".*", "relative_s_init": 0.01, "mean_decay": True},
-  ],
-)
-@pytest.mark.parametrize(
-  ("axis_type", "compile_update"),
-  [
-    (AxisType.Auto, facts.compile_optimizer),
-    (AxisType.Auto, compile_train_state),
-    (AxisType.Explicit, facts.compile_bare),
-    (AxisType.Explicit, facts.compile_optimizer),
-    (AxisType.Explicit, compile_train_state),
+    (AxisType.Auto, facts.compile_optimizer, FLAGS),
+    (AxisType.Auto, compile_train_state, FLAGS),
+    (AxisType.Explicit, facts.compile_bare, FLAGS),
+    (AxisType.Explicit, facts.compile_optimizer, FLAGS),
+    (AxisType.Explicit, compile_train_state, FLAGS),
+    *(
+      (axis_type, compile_train_state, options)
+      for axis_type in (AxisType.Auto, AxisType.Explicit)
+      for options in ({}, {"x0_dtype": "bfloat16"})
+    ),
   ],
 )
 def test_one_all_reduce_for_all_placements(axis_type, compile_update, options):

@@ -456,14 +456,19 @@ def test_an_unflipped_run_is_the_untouched_one_whatever_the_peak(peak):
     ):
       jax.tree.map(np.testing.assert_array_equal, mine, other)
 
-  # What learns its rate sees a peak of its own, 1.0 by default.
-  for name, rate in (("prodigy", 1.0), ("mechanic", 1.0), ("momo", 0.5)):
-    options = {"opt__momo__learning_rate": 0.5}
-    config = make_config(optimizer=name, **options)
-    tx = flax_mechanic.make_optimizer(config, theirs, peak=peak)
-    _, state, _ = network.train(with_value(tx), 4)
-    seen = optax.tree.get(state, "learning_rate", filtering=in_hyperparams)
-    assert seen == rate, name
+
+@pytest.mark.parametrize(
+  ("name", "rate"), [("prodigy", 1.0), ("mechanic", 1.0), ("momo", 0.5)]
+)
+def test_what_learns_its_rate_sees_a_peak_of_its_own(name, rate):
+  shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, 3, 10)
+  config = make_config(optimizer=name, opt__momo__learning_rate=0.5)
+  tx = flax_mechanic.make_optimizer(
+    config, lambda count: 0.16 * shape(count), peak=0.16
+  )
+  _, state, _ = network.train(with_value(tx), 4)
+  seen = optax.tree.get(state, "learning_rate", filtering=in_hyperparams)
+  assert seen == rate
 
 
 def with_value(tx):

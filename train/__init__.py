@@ -18,7 +18,8 @@ def stop(*_: object) -> None:
   os._exit(130)
 
 
-# In `python -m train.main`, whose imports take seconds. A background job of a shell ignores Ctrl-C.
+# In `python -m train.main`, whose imports take seconds. A background job of a
+# shell ignores Ctrl-C.
 if (
   sys.argv[:1] == ["-m"]
   and signal.getsignal(signal.SIGINT) is signal.default_int_handler

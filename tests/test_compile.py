@@ -102,6 +102,8 @@ def test_what_stands_beside_the_job_s_optimizer(optimizer, base, names):
     ([CONFIG], "--topology is missing; type --topology=v5e:16x16"),
     ([CONFIG, "--topology=v7:2"], "--topology=v7:2 is unknown; type"),
     ([CONFIG, "--topology=v5e:2"], "--topology=v5e:2 is unknown; type"),
+    ([CONFIG, "--topology=v5e:2x2", "--num_slices=0"], "is no number of sli"),
+    ([CONFIG, "--topology=cpu:8", "--num_slices=2"], "leave --num_slices out"),
     ([CONFIG, "--topolgy=cpu:8"], "did you mean --topology?"),
     ([CONFIG, "--workdir=x", "--topology=cpu:8"], "there is no flag --workdir"),
     (["--topology=cpu:8"], "--config is missing"),
@@ -150,6 +152,23 @@ def test_kinds_of_chips(topology, chips):
   config.batch_size = chips
   column = measure(make_job(config, devices), hbm=16)
   assert column["fits"] == "yes, 0%"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
+def test_between_slices_mechanic_sends_one_number_more_than_its_base():
+  updates.register_reference()
+  config = text.get_config("tiny")
+  config.update(batch_size=8, optimizer="mechanic")
+  config.mesh.update(data=2, fsdp=-1)
+  devices = program.tpu_devices("v5e:2x2", num_slices=2)
+  sent = {
+    name: measure(make_job(variant, devices), hbm=16)["send"].split(", ")
+    for name, variant in compile_lib._variants(config)
+  }
+  counts = {name: int(count) for name, (count, _) in sent.items()}
+  assert counts["adamw"] > 0
+  assert counts["mechanic"] <= counts["adamw"] + 1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The job on a mesh: sizes, placement, batches, the same loss everywhere."""
 
+import dataclasses
 import functools
 
 import jax
@@ -60,6 +61,44 @@ def run(job):
 def run_on_one(job):
   """Returns the losses on one device."""
   return run(make_job(make_config(job, data=1), jax.devices()[:1]))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What jax asks of a device to arrange it."""
+
+  id: int
+  slice_index: int
+  platform: str = "cpu"
+  device_kind: str = "chip"
+  process_index: int = 0
+
+
+@pytest.mark.parametrize(
+  ("sizes", "slices", "across"),
+  [
+    ({"data": 2, "fsdp": 4}, 2, "data"),
+    ({"data": 1, "fsdp": -1}, 2, "fsdp"),
+    ({"data": 1, "fsdp": 1, "tensor": -1}, 2, "tensor"),
+    ({"data": 4, "fsdp": 2}, 2, "data"),
+  ],
+)
+def test_the_first_axes_go_from_slice_to_slice(sizes, slices, across):
+  config = make_config(**sizes).mesh
+  chips = [Chip(i, i % slices) for i in range(8)]
+  found = mesh.make_mesh(config, chips)
+  indices = np.vectorize(lambda chip: chip.slice_index)(found.devices)
+  axis = mesh.AXES.index(across)
+  parts = np.split(indices, slices, axis)
+  assert [set(part.flat) for part in parts] == [{0}, {1}]
+
+
+def test_more_slices_than_the_first_axis_has_parts():
+  config = make_config(data=2, fsdp=6).mesh
+  chips = [Chip(i, i // 2) for i in range(12)]
+  found = mesh.make_mesh(config, chips)
+  indices = np.vectorize(lambda chip: chip.slice_index)(found.devices)[..., 0]
+  assert indices.tolist() == [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5]]
 
 
 @pytest.mark.parametrize(

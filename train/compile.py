@@ -10,6 +10,8 @@ if that is another.
 --topology=v5e:16x16     a slice of a TPU pod; also v5p:4x4x4, v6e:16x16,
                          v4:4x4x4 and others; needs the extra [tpu]
 --topology=cpu:8         that many CPU devices
+--num_slices=N           that many slices of the topology; config.mesh.data goes
+                         from slice to slice, as far as it divides
 --config.FIELD=VALUE     replaces a field of the job, any number of times
 
 For example:
@@ -33,6 +35,7 @@ from train.command import run_command
 from train.cost import program, updates
 from train.cost.step import measure
 from train.job import make_job
+from train.mesh import slices
 from train.tables import format_table
 
 # GiB of HBM a chip.
@@ -47,14 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(arguments: Sequence[str]) -> Iterator[str]:
   updates.register_reference()
-  config, given = flags.read(arguments, ["topology"])
+  config, given = flags.read(arguments, ["topology"], ["num_slices"])
   topology = given["topology"]
-  devices = _devices(topology)
+  devices = _devices(topology, given.get("num_slices", "1"))
   hbm = _HBM.get(topology.split(":")[0])
   yield (
     f"{len(devices)} devices of {devices[0].device_kind}"
     + (f", {hbm} GiB of HBM each" if hbm else "")
     + f", {len({device.process_index for device in devices})} processes"
+    + (f", {slices(devices)} slices" if slices(devices) > 1 else "")
   )
   columns = {}
   for name, variant in _variants(config):
@@ -73,12 +77,13 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
     "In all: the arguments (parameters, the optimizer's state, the batch), "
     "temporaries and the program. Matrix products and collectives are counted "
     "in every layer; the compiler counts the bytes of a loop over layers once "
-    "(--noconfig.model.scan_layers unrolls it, and takes longer)."
+    "(--noconfig.model.scan_layers unrolls it, and takes longer). A send goes "
+    "from slice to slice, and the other collectives stay within one."
   )
 
 
-def _devices(topology: str) -> Sequence[Any]:
-  """Returns the topology's devices.
+def _devices(topology: str, num_slices: str) -> Sequence[Any]:
+  """Returns the devices of that many slices of a topology.
 
   Raises:
     UsageError: there is no such topology, or no compiler for it is installed.
@@ -89,12 +94,21 @@ def _devices(topology: str) -> Sequence[Any]:
       f"--topology={topology} is unknown; type --topology=v5e:16x16 (or v4, "
       "v5p, v6e) or --topology=cpu:8"
     )
+  if not num_slices.isdecimal() or (count := int(num_slices)) < 1:
+    raise UsageError(
+      f"--num_slices={num_slices} is no number of slices; type --num_slices=2"
+    )
+  if match[1] and count > 1:
+    raise UsageError(
+      f"--topology={topology} has no slices; leave --num_slices out, or type "
+      "--topology=v5e:16x16"
+    )
   jax.config.update("jax_platforms", "cpu")
   if match[1]:
     jax.config.update("jax_num_cpu_devices", int(match[2]))
     return jax.devices()
   try:
-    return program.tpu_devices(topology)
+    return program.tpu_devices(topology, count)
   except ImportError:
     raise UsageError(
       f"--topology={topology} needs the compiler for TPUs; type "

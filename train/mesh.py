@@ -1,12 +1,13 @@
 """The job's mesh, how arrays are placed on it, and how batches get there."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -65,12 +66,30 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
       f"{len(devices)}"
     )
   sizes |= dict.fromkeys(free, len(devices) // known)
+  axis_types = (_AXIS_TYPES[config.axis_type],) * len(AXES)
+  if slices(devices) > 1:
+    return Mesh(_over_slices(devices, sizes.values()), AXES, axis_types)
   return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(_AXIS_TYPES[config.axis_type],) * len(AXES),
-    devices=devices,
+    tuple(sizes.values()), AXES, axis_types=axis_types, devices=devices
   )
+
+
+def slices(devices: Iterable[Any]) -> int:
+  """Returns of how many slices devices are: TPU pods, machines of GPUs."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _over_slices(devices: Sequence[Any], sizes: Iterable[int]) -> np.ndarray:
+  """Arranges devices so that the first axes go from slice to slice.
+
+  The network between slices is slow, and what "data" moves is the least.
+  """
+  rest, within, between = slices(devices), [], []
+  for size in sizes:
+    between.append(math.gcd(size, rest))
+    within.append(size // between[-1])
+    rest //= between[-1]
+  return mesh_utils.create_hybrid_device_mesh(within, between, devices)
 
 
 def logical(*axes: str | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ KINDS = (
   "reduce-scatter",
   "all-to-all",
   "collective-permute",
+  # Between slices, by the hosts' network; the others are within a slice.
+  "send",
 )
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -64,8 +66,10 @@ def collectives(hlo: str) -> Mapping[str, Collectives]:
       if made := _INSTRUCTION.match(line):
         # The parts of a split collective share one channel.
         channel = re.search(r"channel_id=(\d+)", line)
+        # What is sent comes before a context and a token.
+        types = made[2].split(", u32[]")[0] if made[3] == "send" else made[2]
         found[made[3], channel[1] if channel else made[1]] = Collectives(
-          times, times * _bytes(made[2], started=bool(made[4]))
+          times, times * _bytes(types, started=bool(made[4]))
         )
   totals = dict.fromkeys(KINDS, Collectives(0, 0))
   for (kind, _), each in found.items():
@@ -104,11 +108,12 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
   return total
 
 
-def tpu_devices(topology: str) -> Sequence[Any]:
-  """Returns the devices of a TPU slice to compile for; it need not be there.
+def tpu_devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
+  """Returns the devices of TPU slices to compile for; they need not be there.
 
   Args:
-    topology: such as "v5e:2x2".
+    topology: of a slice, such as "v5e:2x2".
+    num_slices: how many of them.
 
   Raises:
     ImportError: the compiler, the wheel `libtpu`, is not installed.
@@ -126,7 +131,9 @@ def tpu_devices(topology: str) -> Sequence[Any]:
     TPU_ACCELERATOR_TYPE="v5litepod-8",
   )
   # One device a chip, as on real machines.
-  options = {"chip_config_name": "megacore"} if "v4" in topology else {}
+  options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+  if "v4" in topology:
+    options["chip_config_name"] = "megacore"
   return topologies.get_topology_desc(
     platform="tpu", topology_name=topology, **options
   ).devices

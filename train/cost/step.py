@@ -9,6 +9,7 @@ import jax
 
 from train.cost import program
 from train.job import Job
+from train.mesh import slices
 
 _MIB = 2**20
 
@@ -71,7 +72,8 @@ def measure(job: Job, hbm: int | None) -> Mapping[str, str]:
     "compiler's bytes, MiB": _mib(cost.get("bytes accessed", 0)),
   }
   for kind, found in program.collectives(compiled.as_text()).items():
-    column[kind] = f"{found.count}, {_mib(found.bytes)} MiB"
+    if kind != "send" or slices(job.mesh.devices.flat) > 1:
+      column[kind] = f"{found.count}, {_mib(found.bytes)} MiB"
   return column
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -117,6 +118,23 @@ def test_every_file_truncated_or_gone(saved, tmp_path):
       shutil.rmtree(folder)
   print(counts)
   assert counts.keys() <= {"harmless", "detected"}
+
+
+def test_no_thread_waits_for_a_folder_that_has_no_room(tmp_path, monkeypatch):
+  mkdir = os.mkdir
+
+  def full(path, *args, **kwargs):
+    if "orbax-checkpoint-tmp" in os.fspath(path):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    mkdir(path, *args, **kwargs)
+
+  checkpointer = Checkpointer(tmp_path)
+  monkeypatch.setattr(os, "mkdir", full)
+  with pytest.raises(UsageError, match="No space left"):
+    checkpointer.save(1, make_state(1))
+  checkpointer.close()
+  names = [type(thread).__name__ for thread in threading.enumerate()]
+  assert "_SignalingThread" not in names
 
 
 def test_orbax_needs_patience_where_an_array_cannot_be_read(

@@ -113,6 +113,9 @@ class Checkpointer:
       read_only=read_only,
       create=not read_only,
       save_interval_steps=0 if read_only else 1,
+      # Otherwise threads wait for minutes for a folder that a full disk has no
+      # room for, and the process with them (0.12.8).
+      async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     try:
       self._manager = ocp.CheckpointManager(self.directory, options=options)

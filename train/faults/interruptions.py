@@ -34,12 +34,14 @@ class Size(NamedTuple):
     writes: how often Python changes a file in the run's directory.
     largest: bytes of the largest file.
     total: bytes on the disk.
+    files: files and folders.
   """
 
   seconds: float
   writes: int
   largest: int
   total: int
+  files: int
 
 
 class Interrupted(NamedTuple):
@@ -75,6 +77,7 @@ def measure(job: Job) -> tuple[Size, Sequence[Ended]]:
     writes.value,
     max(each.st_size for each in sizes),
     sum(each.st_blocks * 512 for each in sizes),
+    len(sizes),
   ), ends
 
 
@@ -187,30 +190,35 @@ def limit_files(job: Job, size: Size, rng: np.random.Generator) -> Interrupted:
 
 def fill_disk(job: Job, size: Size, rng: np.random.Generator) -> Interrupted:
   """Has a run on a disk that gets full, and then moves it to a larger one."""
-  pages = int(rng.integers(1, size.total // 4096))
+  disk = (
+    f"size={4096 * int(rng.integers(1, size.total // 4096))}"
+    if rng.random() < 0.5
+    else f"nr_inodes={int(rng.integers(2, size.files))}"
+  )
   with tempfile.TemporaryDirectory() as copy:
-    with _small_disk(job.workdir, 4096 * pages):
+    with _small_disk(job.workdir, disk):
       ends = job.run()
       shutil.copytree(job.workdir, copy, symlinks=True, dirs_exist_ok=True)
     shutil.copytree(copy, job.workdir, symlinks=True, dirs_exist_ok=True)
-  return Interrupted(f"a disk of {pages} pages", ends, _statuses(2, 0))
+  return Interrupted(f"a disk of {disk}", ends, _statuses(2, 0))
 
 
 def can_mount() -> bool:
   """Whether a small disk can be made here."""
   with tempfile.TemporaryDirectory() as folder:
     try:
-      with _small_disk(Path(folder), 4096):
+      with _small_disk(Path(folder), "size=4096"):
         return True
     except (OSError, subprocess.CalledProcessError):
       return False
 
 
 @contextlib.contextmanager
-def _small_disk(folder: Path, size: int) -> Iterator[None]:
+def _small_disk(folder: Path, limit: str) -> Iterator[None]:
+  """Mounts a disk with that option of tmpfs, of its bytes or of its files."""
   folder.mkdir(exist_ok=True)
   subprocess.run(
-    ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+    ["mount", "-t", "tmpfs", "-o", limit, "tmpfs", str(folder)],
     check=True,
     capture_output=True,
   )

@@ -525,7 +525,7 @@ def test_inspect(folder, capsys):
   assert capsys.readouterr().err.count("error: ") == 2
 
 
-KILLS = 8
+KILLS = 3
 JOB = [
   *(sys.executable, "-m", "train.main", "--config=configs/digits.py"),
   *("--config.optimizer=mechanic", "--config.model.widths=(16,)"),

@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-import pathlib
 import zlib
 
 import jax
@@ -26,7 +25,7 @@ from tests.references import (
   perturbed,
   softmax,
 )
-from train.tasks import make_task
+from train.tasks import corpus, make_task
 from train.tasks import text as text_task
 
 
@@ -52,7 +51,7 @@ def text(path, variant="tiny", **fields):
 # The data.
 
 
-def test_read_files_keeps_text_in_sorted_order(tmp_path):
+def test_text_is_found_in_sorted_order(tmp_path):
   written = {
     "b.txt": b"b",
     "a/z.txt": "\N{SNOWMAN}".encode(),
@@ -60,6 +59,7 @@ def test_read_files_keeps_text_in_sorted_order(tmp_path):
     "empty.txt": b"",
     "nul.txt": b"a\0b",
     "latin1.txt": "\xe9".encode("latin-1"),
+    "cut.txt": "\xe9".encode()[:1],
     ".hidden": b"h",
     ".git/config": b"h",
     "__pycache__/a.txt": b"p",
@@ -70,11 +70,11 @@ def test_read_files_keeps_text_in_sorted_order(tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
   (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-  files, problems = text_task.read_files(tmp_path, skip=("skipped",))
+  files, problems = corpus.find_text(tmp_path, skip=("skipped",))
   assert list(files) == ["a/b/c.md", "a/z.txt", "b.txt"]
-  assert files == {name: written[name] for name in files}
+  assert files == {name: len(written[name]) for name in files}
   assert not problems
-  assert list(text_task.read_files(tmp_path, ".md")[0]) == ["a/b/c.md"]
+  assert list(corpus.find_text(tmp_path, ".md")[0]) == ["a/b/c.md"]
 
 
 def test_what_cannot_be_read_is_left_out_and_said(tmp_path, monkeypatch):
@@ -82,14 +82,13 @@ def test_what_cannot_be_read_is_left_out_and_said(tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(b"text " * 99)
   with open(os.fsencode(tmp_path) + b"/caf\xe9", "wb") as file:
     file.write(b"text")
-  read = pathlib.Path.read_bytes
 
-  def refuse(path):  # Not by its mode, which root need not heed.
+  def refuse(path, *mode, **options):  # Root need not heed a file's mode.
     if path.name == "secret":
       raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-    return read(path)
+    return open(path, *mode, **options)
 
-  monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+  monkeypatch.setattr(corpus, "open", refuse, raising=False)
   task = text(tmp_path)
   assert "in 2 files" in task.description
   assert task.description.endswith(
@@ -99,14 +98,66 @@ def test_what_cannot_be_read_is_left_out_and_said(tmp_path, monkeypatch):
 
 
 def test_split_by_file_is_disjoint_and_stable():
-  files = {f"{i}.txt": b"%d" % i for i in range(1000)}
-  train, held_out = text_task.split_by_file(files)
-  assert train | held_out == files
+  files = {f"{i}.txt": i for i in range(1, 1000)}
+  train, held_out = corpus.split_by_file(files)
+  assert train | held_out == {path: range(n) for path, n in files.items()}
   assert not train.keys() & held_out.keys()
   assert 50 < len(held_out) < 150
   assert all(zlib.crc32(path.encode()) % 10 == 0 for path in held_out)
-  more = files | {f"more{i}.txt": b"" for i in range(1000)}
-  assert held_out.items() <= text_task.split_by_file(more)[1].items()
+  more = files | {f"more{i}.txt": 1 for i in range(1000)}
+  assert held_out.items() <= corpus.split_by_file(more)[1].items()
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_what_is_text_is_remembered(tmp_path, monkeypatch, read_only):
+  data, cache = tmp_path / "data", tmp_path / "cache"
+  data.mkdir()
+  for name, content in (("a", b"text"), ("b", b"text"), ("c", b"\0")):
+    (data / name).write_bytes(content)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+  monkeypatch.setattr(corpus, "_WORTH_AN_INDEX", 0)
+  if read_only:  # Not by its mode, which root need not heed.
+    places = corpus._places(data)
+    nowhere = tmp_path / "a file" / "index"
+    nowhere.parent.write_bytes(b"")
+    monkeypatch.setattr(corpus, "_places", lambda _: [nowhere, places[1]])
+  read, is_text = [], corpus._is_text
+
+  def record(path):
+    read.append(path.name)
+    return is_text(path)
+
+  monkeypatch.setattr(corpus, "_is_text", record)
+  assert corpus.find_text(data) == ({"a": 4, "b": 4}, [])
+  assert sorted(read) == ["a", "b", "c"]
+  assert (data / corpus._INDEX).exists() != read_only
+  assert cache.exists() == read_only
+  # One is rewritten in its size, one is new, one is gone.
+  (data / "a").write_bytes(b"te\0t")
+  os.utime(data / "a", ns=(0, 0))
+  (data / "d").write_bytes(b"more")
+  (data / "b").unlink()
+  read.clear()
+  for _ in range(2):
+    assert corpus.find_text(data) == ({"d": 4}, [])
+  assert sorted(read) == ["a", "d"]
+  # One that is damaged is as good as none.
+  for place in corpus._places(data)[int(read_only) :][:1]:
+    place.write_text('{"a": [4, 0, "1"]}')
+  assert corpus.find_text(data) == ({"d": 4}, [])
+  assert len(read) == 5
+
+
+def test_files_that_change_under_a_run_are_named(tmp_path):
+  (tmp_path / "a.txt").write_bytes(b"0123456789" * 100)
+  gone = corpus.Corpus(tmp_path, {"a.txt": range(1000)})
+  task = text(tmp_path)
+  os.truncate(tmp_path / "a.txt", 40)
+  with pytest.raises(UsageError, match=r"a.txt has become shorter .* resumes"):
+    task.train_batch(0)
+  (tmp_path / "a.txt").unlink()
+  with pytest.raises(UsageError, match=r"a.txt cannot be read any more \(No"):
+    gone.read(np.array([0]), 1)
 
 
 @pytest.mark.parametrize("count", [2, 3, 9, 25])
@@ -114,17 +165,16 @@ def test_split_by_file_is_disjoint_and_stable():
 def test_split_by_file_leaves_neither_side_empty(count, chosen):
   paths = (f"{i}.txt" for i in range(10_000))
   paths = [p for p in paths if (zlib.crc32(p.encode()) % 10 == 0) == chosen]
-  files = dict.fromkeys(paths[:count], b"text")
-  train, held_out = text_task.split_by_file(files)
-  assert train | held_out == files
+  files = dict.fromkeys(paths[:count], 4)
+  train, held_out = corpus.split_by_file(files)
+  assert (train | held_out).keys() == files.keys()
   assert len(held_out) == max(1, count // 10)
   assert len(train) == count - len(held_out)
 
 
 def test_one_file_holds_out_its_last_tenth():
-  data = bytes(range(100))
-  train, held_out = text_task.split_by_file({"a": data})
-  assert (train["a"], held_out["a"]) == (data[:90], data[90:])
+  train, held_out = corpus.split_by_file({"a": 100})
+  assert (train["a"], held_out["a"]) == (range(90), range(90, 100))
 
 
 def test_text_batches_are_a_pure_function_of_seed_and_step(folder):
@@ -139,10 +189,25 @@ def test_text_batches_are_a_pure_function_of_seed_and_step(folder):
   assert (batch != text(folder, seed=4).train_batch(1)["text"]).any()
 
 
+def test_text_batches_are_those_of_text_in_memory(folder):
+  """Runs of earlier versions resume with the batches that they would see."""
+  train, _ = corpus.split_by_file(corpus.find_text(folder)[0])
+  data = b"".join((folder / path).read_bytes() for path in train)
+  # Longer than a file, so that windows span up to three.
+  window = 600
+  task = text(folder, seed=3, model={"context_length": window - 1})
+  for step in (0, 7):
+    rng = np.random.Generator(np.random.Philox(key=[3, step]))
+    starts = rng.integers(len(data) - window + 1, size=8)
+    expected = [data[start : start + window] for start in starts]
+    batch = task.train_batch(step, slice(2, 8))["text"]
+    assert [row.tobytes() for row in batch] == expected[2:]
+
+
 def test_text_windows_come_from_their_own_side(folder):
   train, held_out = (
-    b"".join(side.values())
-    for side in text_task.split_by_file(text_task.read_files(folder)[0])
+    b"".join((folder / path).read_bytes() for path in side)
+    for side in corpus.split_by_file(corpus.find_text(folder)[0])
   )
   task = text(folder)
   for step in range(5):

@@ -1,11 +1,9 @@
 """Next-byte prediction on any folder of text."""
 
 import functools
-import os
 import pathlib
 import sysconfig
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from flax_mechanic.errors import UsageError, printable
-from train.tasks import gru, kinds, losses, transformer
+from train.tasks import corpus, gru, kinds, losses, transformer
 
 _KINDS = {
   "transformer": kinds.Kind(
@@ -60,92 +58,10 @@ def _sample(graphdef, state, prompt, key, temperature, length):
   return jax.lax.scan(step, prompt, jax.random.split(key, length))[1]
 
 
-def read_files(
-  folder: pathlib.Path,
-  suffix: str = "",
-  skip: Collection[str] = (),
-) -> tuple[dict[str, bytes], list[str]]:
-  """Reads the text files below a folder.
-
-  A text file is valid UTF-8 without NUL. Empty files, hidden files and folders,
-  __pycache__ and the folders named in `skip` are ignored.
-
-  Returns:
-    The files by relative posix path, sorted; and a sentence for each file or
-    folder that cannot be read, or whose name is not UTF-8.
-  """
-  files, problems = {}, []
-  cannot = lambda error: problems.append(f"{error.filename}: {error.strerror}")
-  for root, folders, names in os.walk(folder, onerror=cannot):
-    folders[:] = [
-      name
-      for name in folders
-      if name not in ("__pycache__", *skip) and not name.startswith(".")
-    ]
-    for name in names:
-      path = pathlib.Path(root, name)
-      if name.startswith(".") or not name.endswith(suffix):
-        continue
-      if not path.is_file():  # A pipe or a broken link.
-        continue
-      try:
-        data = path.read_bytes()
-      except OSError as error:
-        cannot(error)
-        continue
-      if not data or not _is_text(data):
-        continue
-      relative = path.relative_to(folder).as_posix()
-      if _is_text(os.fsencode(relative)):
-        files[relative] = data
-      else:
-        problems.append(f"{path}: a name that is not UTF-8")
-  return dict(sorted(files.items())), sorted(problems)
-
-
-def _is_text(data: bytes) -> bool:
-  try:
-    data.decode("utf-8")
-  except UnicodeDecodeError:
-    return False
-  return b"\0" not in data
-
-
 def _left_out(problems: Sequence[str]) -> str:
   """Says which files could not be read."""
   more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
   return f"; left out: {', '.join(problems[:3])}{more}" if problems else ""
-
-
-def split_by_file(
-  files: Mapping[str, bytes],
-) -> tuple[dict[str, bytes], dict[str, bytes]]:
-  """Splits files into training and held-out ones by a hash of their paths.
-
-  A file with crc32(path) % 10 == 0 is held out, whatever other files there are.
-  If that would leave a side empty, the tenth of the files with the smallest
-  hashes is held out, at least one. A single file is split: its last tenth is
-  held out.
-
-  Args:
-    files: at least one file by relative path.
-
-  Returns:
-    The training files and the held-out files.
-  """
-  if len(files) == 1:
-    ((path, data),) = files.items()
-    cut = len(data) - len(data) // 10
-    return {path: data[:cut]}, {path: data[cut:]}
-  hashes = {path: zlib.crc32(path.encode()) for path in files}
-  held_out = {path for path in files if hashes[path] % 10 == 0}
-  if not 0 < len(held_out) < len(files):
-    ranked = sorted(files, key=hashes.__getitem__)
-    held_out = set(ranked[: max(1, len(files) // 10)])
-  return (
-    {path: data for path, data in files.items() if path not in held_out},
-    {path: data for path, data in files.items() if path in held_out},
-  )
 
 
 class Text:
@@ -167,10 +83,10 @@ class Text:
     self._window = config.model.context_length + 1
     if config.data.path:
       folder = pathlib.Path(config.data.path).expanduser()
-      files, problems = read_files(folder)
+      files, problems = corpus.find_text(folder)
     else:
       folder = pathlib.Path(sysconfig.get_path("stdlib"))
-      files, problems = read_files(folder, suffix=".py", skip=_NOT_STDLIB)
+      files, problems = corpus.find_text(folder, suffix=".py", skip=_NOT_STDLIB)
     if not files:
       what = f"holds no UTF-8 text{_left_out(problems)}"
       if not folder.is_dir():
@@ -179,9 +95,9 @@ class Text:
         f"config.data.path={config.data.path!r}: {str(folder)!r}"
         f" {what}; type --config.data.path=FOLDER, a folder of text files"
       )
-    train, held_out = split_by_file(files)
-    self._train = _concatenate(train)
-    self._held_out = _concatenate(held_out)
+    train, held_out = corpus.split_by_file(files)
+    self._train = corpus.Corpus(folder, train)
+    self._held_out = corpus.Corpus(folder, held_out)
     shorter = min(len(self._train), len(self._held_out))
     if shorter < self._window:
       raise UsageError(
@@ -193,7 +109,7 @@ class Text:
     self.description = (
       f"text: {(len(self._train) + len(self._held_out)) / 1e6:.2g} MB in"
       f" {len(files)} files, {len(held_out)} held out; unigram entropy"
-      f" {unigram_entropy(self._held_out):.2f} bits per byte"
+      f" {unigram_entropy(_sample_of(self._held_out)):.2f} bits per byte"
       f"{_left_out(problems)}"
     )
 
@@ -210,7 +126,7 @@ class Text:
     rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step]))
     offsets = len(self._train) - self._window + 1
     starts = rng.integers(offsets, size=self._config.batch_size)
-    return {"text": self._windows(self._train, starts[rows])}
+    return {"text": self._train.read(starts[rows], self._window)}
 
   def eval_batches(self) -> list[dict[str, np.ndarray]]:
     """Returns at most config.data.eval_windows windows, in whole batches.
@@ -225,7 +141,7 @@ class Text:
     count -= count % batch_size
     starts = np.arange(count) * (len(self._held_out) // count)
     return [
-      {"text": self._windows(self._held_out, part)}
+      {"text": self._held_out.read(part, self._window)}
       for part in starts.reshape(-1, batch_size)
     ]
 
@@ -243,7 +159,7 @@ class Text:
     sample = _sample(
       graphdef,
       state,
-      self._held_out[: self._window - 1].astype(np.int32),
+      self._held_out.read(np.array([0]), self._window - 1)[0].astype(np.int32),
       jax.random.key(self._config.seed),
       self._config.sample_temperature,
       self._config.sample_length,
@@ -253,16 +169,16 @@ class Text:
       np.asarray(sample, np.uint8).tobytes().decode(errors="replace")
     )
 
-  def _windows(self, data: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    return data[starts[:, None] + np.arange(self._window)]
-
-
-def _concatenate(files: Mapping[str, bytes]) -> np.ndarray:
-  return np.frombuffer(b"".join(files.values()), np.uint8)
-
 
 def unigram_entropy(data: np.ndarray) -> float:
   """Returns the entropy of the bytes in `data`, uint8 [n], in bits per byte."""
   counts = np.bincount(data, minlength=transformer.BYTES)
   p = counts[counts > 0] / len(data)
   return float(-(p * np.log2(p)).sum())
+
+
+def _sample_of(text: corpus.Corpus) -> np.ndarray:
+  """Returns the whole text, or 4 MB from all over it."""
+  pieces = 1 if len(text) <= 2**22 else 1024
+  length = min(len(text), 2**22) // pieces
+  return text.read(np.arange(pieces) * (len(text) // pieces), length).ravel()

@@ -1,5 +1,6 @@
 """The training loop: start or resume, train, evaluate, save checkpoints."""
 
+import contextlib
 import json
 import os
 import textwrap
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 import flax_mechanic
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
-from train import files, processes, writers
+from train import files, prefetch, processes, writers
 from train.job import Job, make_job
 from train.progress import Progress
 
@@ -85,7 +86,10 @@ def train(
       files.write(workdir / "config.json", f"{saved_config}\n".encode())
       files.write(workdir / "parameters.txt", table.encode())
     writer.write_hparams(_hparams(config))
+    steps = range(start + 1, config.num_steps + 1)
+    load = lambda step: job.train_batch(step - 1)
     with (
+      contextlib.closing(prefetch.ahead(load, steps)) as batches,
       processes.Stop() as stop,
       Progress(config.num_steps, start, processes.terminal()) as progress,
     ):
@@ -94,8 +98,8 @@ def train(
       clock = _Clock(start)
       skips = _Skips(state, config.max_skipped_in_a_row)
       evaluation = {}
-      for step in range(start + 1, config.num_steps + 1):
-        state, metrics = job.train_step(state, job.train_batch(step - 1))
+      for step, batch in zip(steps, batches, strict=True):
+        state, metrics = job.train_step(state, batch)
         for text in skips.told(step, metrics):
           progress.print(text)
         stopped = stop.agreed(step)

@@ -1,0 +1,78 @@
+"""Batches are loaded ahead of their use, in their order."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+from test_train import Writer, make_config
+
+from configs import text
+from flax_mechanic.errors import UsageError
+from train import loop
+from train.prefetch import ahead
+from train.tasks import text as text_task
+
+
+def test_two_are_loaded_while_one_is_used():
+  loaded, started = [], threading.Semaphore(0)
+
+  def load(item):
+    loaded.append(item)
+    started.release()
+    return item * item
+
+  results = ahead(load, range(10))
+  assert next(results) == 0
+  for _ in range(3):
+    assert started.acquire(timeout=10)
+  assert loaded == [0, 1, 2]
+  assert [next(results), next(results)] == [1, 4]
+  results.close()
+  assert list(ahead(load, range(5))) == [0, 1, 4, 9, 16]
+  assert list(ahead(load, [])) == []
+
+
+def test_an_error_comes_where_its_result_would():
+  results = ahead(lambda item: 1 // (3 - item), range(9))
+  assert [next(results) for _ in range(3)] == [0, 0, 1]
+  with pytest.raises(ZeroDivisionError):
+    next(results)
+
+
+def test_closing_ends_the_thread():
+  before = threading.active_count()
+  results = ahead(lambda item: item, range(100))
+  next(results)
+  results.close()
+  assert threading.active_count() == before
+
+
+def test_a_load_that_never_returns_does_not_keep_the_process():
+  code = """
+import os, signal, threading
+from train import prefetch
+results = prefetch.ahead(lambda _: threading.Event().wait(), range(3))
+interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+threading.Timer(0.2, interrupt).start()
+next(results)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+  )
+  assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
+def test_a_run_ends_with_the_sentence_of_its_data(tmp_path, monkeypatch):
+  def refuse(task, step, rows=slice(None)):
+    if step == 7:
+      raise UsageError("the data is gone")
+    return batch(task, step, rows)
+
+  batch = text_task.Text.train_batch
+  monkeypatch.setattr(text_task.Text, "train_batch", refuse)
+  config = make_config(text.get_config, "tiny", log_every=1, batch_size=8)
+  writer = Writer()
+  with pytest.raises(UsageError, match="the data is gone"):
+    loop.train(config, tmp_path, writer)
+  assert [step for step, _ in writer.scalars] == [1, 2, 3, 4, 5, 6, 7]

@@ -165,12 +165,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   # A folder of UTF-8 text; "" for the sources of Python's standard library.
   config.data.path = ""
-  # Largest number of held-out windows of context_length bytes per evaluation.
+  # "" for bytes; a tokenizer, as a JSON file of the library tokenizers; or a
+  # number of tokens, such as 8000, of a byte-pair encoding of the text.
+  config.data.tokenizer = ""
+  # Whether files are documents by themselves: nothing is predicted from another
+  # file, where a window has parts of several.
+  config.data.separate_documents = False
+  # Largest number of held-out windows of context_length tokens per evaluation.
   config.data.eval_windows = 128
 
-  # Length in bytes of the sample that is shown at the end of the run.
+  # Length in tokens of the sample that is shown at the end of the run.
   config.sample_length = 256
-  # 0 takes the most likely byte each time; 1 samples from the model's
+  # 0 takes the most likely token each time; 1 samples from the model's
   # distribution.
   config.sample_temperature = 0.8
 

@@ -69,6 +69,7 @@ def train(
   _check_best(job, config.checkpoint_best)
   saved_config = config.to_json_best_effort(indent=2)
   processes.check_agreement(saved_config, workdir)
+  _check_files(job, workdir)
   with (
     jax.set_mesh(job.mesh),
     flax_mechanic.Checkpointer(
@@ -85,6 +86,8 @@ def train(
     if jax.process_index() == 0:
       files.write(workdir / "config.json", f"{saved_config}\n".encode())
       files.write(workdir / "parameters.txt", table.encode())
+      for name, content in job.task.files.items():
+        files.write(workdir / name, content)
     writer.write_hparams(_hparams(config))
     steps = range(start + 1, config.num_steps + 1)
     load = lambda step: job.train_batch(step - 1)
@@ -174,6 +177,18 @@ def _check_finite(evaluation: Mapping[str, float], step: int) -> None:
         f"{name} is {value} at step {step}: the run has diverged; take "
         "another --config.optimizer, or a smaller --config.learning_rate for "
         "one that is tuned, and another --workdir"
+      )
+
+
+def _check_files(job: Job, workdir: Path) -> None:
+  """Checks that what the run keeps of its task is what the task has now."""
+  for name, content in job.task.files.items():
+    kept = workdir / name
+    if kept.exists() and kept.read_bytes() != content:
+      raise UsageError(
+        f"{kept}, which this run was trained with, is another than the present "
+        f"data and config make; type --config.data.{kept.stem}={kept}, or "
+        "another --workdir"
       )
 
 

@@ -38,6 +38,9 @@ class Task(Protocol):
   description: str
   """One line about the data, for the log."""
 
+  files: Mapping[str, bytes]
+  """What a run keeps of the task and must not change, by file name."""
+
   def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
     """Returns a new model in training mode; safe to call inside jit.
 

@@ -198,6 +198,11 @@ class Corpus:
       self._fill(window, start)
     return windows
 
+  def files_of(self, starts: np.ndarray, length: int) -> np.ndarray:
+    """Returns the number of each byte's file, integers as `read` has bytes."""
+    bytes_ = starts[:, None] + np.arange(length)
+    return np.searchsorted(self._ends, bytes_, side="right")
+
   def _fill(self, out: np.ndarray, start: int) -> None:
     file = int(np.searchsorted(self._ends, start, side="right"))
     while len(out):

@@ -25,6 +25,7 @@ class Examples:
     self, config: ml_collections.ConfigDict, train: Arrays, held_out: Arrays
   ):
     self._config = config
+    self.files: Mapping[str, bytes] = {}
     self._train = train
     self._held_out = held_out
 

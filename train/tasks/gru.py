@@ -1,4 +1,4 @@
-"""A recurrent network over bytes."""
+"""A recurrent network over bytes or other tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from flax import nnx
 
 from train.mesh import logical
 from train.tasks import kinds
-from train.tasks.transformer import BYTES, Embed
+from train.tasks.transformer import BYTES, Embed, starts
 
 FIELDS = ("embed_dim", "hidden_dim", "context_length")
 
@@ -17,6 +17,7 @@ class Gru(nnx.Module):
 
   Args:
     model: the sizes, `config.model` of configs/text.py:gru.
+    vocabulary: how many tokens there are.
     dtype: of the computation; the logits are always float32.
     rngs: stream "params".
   """
@@ -25,11 +26,12 @@ class Gru(nnx.Module):
     self,
     model: ml_collections.ConfigDict,
     *,
+    vocabulary: int = BYTES,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
     self.embed = Embed(
-      BYTES,
+      vocabulary,
       model.embed_dim,
       dtype=dtype,
       embedding_metadata=logical("vocab", "embed"),
@@ -45,20 +47,32 @@ class Gru(nnx.Module):
     )
     self.head = nnx.Linear(
       model.hidden_dim,
-      BYTES,
+      vocabulary,
       dtype=dtype,
       kernel_metadata=logical("embed", "vocab"),
       rngs=rngs,
     )
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps bytes, integers [B, T], to logits of the next, float32 [B, T, 256].
+  def __call__(
+    self, tokens: jax.Array, documents: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the logits of the next token, float32 [B, T, vocabulary].
 
-    Each example starts from a state of zeros.
+    Args:
+      tokens: integers [B, T].
+      documents: the number of each token's document, integers [B, T]; None if
+        all are of one. Each document starts from a state of zeros.
     """
     x = self.embed(tokens).swapaxes(0, 1)
     state = jnp.zeros((len(tokens), self.cell.hidden_features), x.dtype)
-    _, states = jax.lax.scan(self.cell, state, x)
+    if documents is None:
+      _, states = jax.lax.scan(self.cell, state, x)
+    else:
+      step = lambda state, at: self.cell(
+        jnp.where(at[0][:, None], 0, state), at[1]
+      )
+      fresh = starts(documents).swapaxes(0, 1)
+      _, states = jax.lax.scan(step, state, (fresh, x))
     return self.head(states.swapaxes(0, 1)).astype(jnp.float32)
 
 

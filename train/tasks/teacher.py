@@ -34,6 +34,7 @@ class Teacher:
         " must be 0 or more; type --config.data.noise=0.3"
       )
     self._config = config
+    self.files: Mapping[str, bytes] = {}
     rng = np.random.Generator(np.random.Philox(0))
     self._w1 = rng.standard_normal((_FEATURES, _HIDDEN)) / np.sqrt(_FEATURES)
     self._w2 = rng.standard_normal((_HIDDEN, 1)) / np.sqrt(_HIDDEN)

@@ -1,4 +1,4 @@
-"""A decoder-only transformer over bytes."""
+"""A decoder-only transformer over bytes or other tokens."""
 
 import functools
 from collections.abc import Callable
@@ -28,6 +28,7 @@ _LAYERS = {nnx.PARTITION_NAME: None}
 
 def _linear(
   model: ml_collections.ConfigDict,
+  vocabulary: int,
   dtype: jax.typing.DTypeLike,
   rngs: nnx.Rngs,
 ) -> Linear:
@@ -35,7 +36,7 @@ def _linear(
     "embed": model.embed_dim,
     "heads": model.embed_dim,
     "mlp": model.mlp_dim,
-    "vocab": BYTES,
+    "vocab": vocabulary,
   }
 
   def linear(inputs: str, outputs: str, **options: Any) -> nnx.Linear:
@@ -110,13 +111,19 @@ class Attention(nnx.Module):
     self.value = linear("embed", "heads")
     self.out = linear("heads", "embed")
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, embed_dim] to the same."""
+  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Maps [B, T, embed_dim] to the same.
+
+    Args:
+      x: the activations.
+      mask: which earlier positions each one sees, bool [B, 1, T, T]; None for
+        all.
+    """
     heads = (*x.shape[:2], self.num_heads, -1)
     q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
     if self.rotary:
       q, k = rotate(q), rotate(k)
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
     return self.out(y.reshape(x.shape))
 
 
@@ -138,7 +145,7 @@ class Block(nnx.Module):
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
-    linear = _linear(model, dtype, rngs)
+    linear = _linear(model, BYTES, dtype, rngs)
     norm = functools.partial(nnx.RMSNorm, dtype=dtype, rngs=rngs)
     self.attention_norm = norm(model.embed_dim)
     self.attention = Attention(
@@ -150,9 +157,9 @@ class Block(nnx.Module):
       nnx.Dropout(model.dropout, rngs=rngs) if model.dropout else None
     )
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, T, embed_dim] to the same."""
-    x = x + self._drop(self.attention(self.attention_norm(x)))
+  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Maps [B, T, embed_dim] to the same; see `Attention` for the mask."""
+    x = x + self._drop(self.attention(self.attention_norm(x), mask))
     x = x + self._drop(self.mlp(self.mlp_norm(x)))
     return mesh.constrain(x, "batch", None, None)
 
@@ -161,10 +168,11 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """A pre-norm decoder over bytes.
+  """A pre-norm decoder over bytes or other tokens.
 
   Args:
     model: the sizes, `config.model` of configs/text.py.
+    vocabulary: how many tokens there are.
     dtype: of the computation; the logits are always float32.
     rngs: streams "params" and, if model.dropout > 0, "dropout".
   """
@@ -173,6 +181,7 @@ class Transformer(nnx.Module):
     self,
     model: ml_collections.ConfigDict,
     *,
+    vocabulary: int = BYTES,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
   ):
@@ -189,7 +198,7 @@ class Transformer(nnx.Module):
     def block(rngs: nnx.Rngs) -> Block:
       return Block(model, dtype, rngs)
 
-    self.embed = embed(BYTES, "vocab")
+    self.embed = embed(vocabulary, "vocab")
     self.positions = (
       embed(model.context_length, None)
       if model.positions == "learned"
@@ -204,32 +213,53 @@ class Transformer(nnx.Module):
     )
     self.remat = model.remat
     self.norm = nnx.RMSNorm(model.embed_dim, dtype=dtype, rngs=rngs)
-    self.head = _linear(model, dtype, rngs)(
+    self.head = _linear(model, vocabulary, dtype, rngs)(
       "embed", "vocab", kernel_init=nnx.initializers.normal(0.02)
     )
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps bytes, integers [B, T], to logits of the next, float32 [B, T, 256].
+  def __call__(
+    self, tokens: jax.Array, documents: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns the logits of the next token, float32 [B, T, vocabulary].
 
-    T is at most context_length.
+    Args:
+      tokens: integers [B, T], T at most context_length.
+      documents: the number of each token's document, integers [B, T]; a token
+        sees those of its own. None if all are of one.
     """
+    mask, index = None, jnp.arange(tokens.shape[1])
+    if documents is not None:
+      mask = documents[:, None, :, None] == documents[:, None, None, :]
+      index = _since_start(documents)
     x = self.embed(tokens)
     if self.positions is not None:
-      x = x + self.positions(jnp.arange(tokens.shape[1]))
+      x = x + self.positions(index)
     x = mesh.constrain(x, "batch", None, None)
     run = nnx.remat(Block.__call__) if self.remat else Block.__call__
     if isinstance(self.blocks, Block):
       scan = nnx.scan(
         run,
-        in_axes=(0, nnx.Carry),
+        in_axes=(0, nnx.Carry, None),
         out_axes=nnx.Carry,
         transform_metadata=_LAYERS,
       )
-      x = scan(self.blocks, x)
+      x = scan(self.blocks, x, mask)
     else:
       for block in self.blocks:
-        x = run(block, x)
+        x = run(block, x, mask)
     return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def starts(documents: jax.Array) -> jax.Array:
+  """Returns where the document is another than before, bool [B, T]."""
+  return jnp.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+
+
+def _since_start(documents: jax.Array) -> jax.Array:
+  """Returns how far each token is from its document's first, [B, T]."""
+  index = jnp.arange(documents.shape[1])
+  first = jnp.where(starts(documents), index, 0)
+  return index - jax.lax.cummax(first, axis=1)
 
 
 def check(model: ml_collections.ConfigDict) -> None:

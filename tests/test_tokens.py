@@ -147,6 +147,7 @@ def test_every_byte_is_of_a_token():
   assert encoded.sizes.sum() == len(text.encode())
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer(folder, tmp_path):
   fields = {"data__path": str(folder), "sample_length": 8, "batch_size": 8}
   fields |= {"num_steps": 6, "data__eval_windows": 8}

@@ -41,6 +41,19 @@ def optimized():
     jax.config.update(option, before)
 
 
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+  """gs://test, emulated."""
+  pytest.importorskip("gcp_storage_emulator")
+  from train.faults import bucket
+
+  folder = tmp_path_factory.mktemp("bucket")
+  with pytest.MonkeyPatch.context() as patch, bucket.emulator(folder) as found:
+    for name, value in found.environment.items():
+      patch.setenv(name, value)
+    yield found
+
+
 from flax_mechanic.methods import registry  # noqa: E402  # The environment is set.
 
 _TABLE = dict(registry.methods())

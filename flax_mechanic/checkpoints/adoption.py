@@ -9,7 +9,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic.checkpoints import record as record_lib
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.checkpoints.arrays import (
   DamageError,
   Descriptions,
@@ -55,7 +55,8 @@ def load_params(
 
   Args:
     directory: a run's --workdir, or a folder that Orbax wrote: of several
-      steps, of which the newest is taken, of one step, or of one item.
+      steps, of which the newest is taken, of one step, or of one item. It may
+      be in a bucket: gs://BUCKET/FOLDER.
     params: a tree of arrays, or of their shapes, dtypes and shardings. Each is
       read straight into its placement, and cast. The folder may hold more.
 
@@ -135,7 +136,10 @@ class _Checkpoint:
   """
 
   def __init__(self, directory: str | os.PathLike[str]):
-    self.name, folders = _find(Path(directory).expanduser().absolute())
+    given = storage.path(directory)
+    if not storage.is_bucket(given):
+      given = given.absolute()
+    self.name, folders = _find(given)
     self.shapes: dict[str, tuple[int, ...]] = {}
     self._items: list[_Item] = []
     for name, folder in folders.items():
@@ -188,7 +192,7 @@ class _Item(NamedTuple):
   descriptions: Descriptions | None
 
 
-def _descriptions(item: Path, name: str) -> Descriptions | None:
+def _descriptions(item: Any, name: str) -> Descriptions | None:
   """Returns what a run of ours saved of an item's arrays."""
   if item.name != "state" or not (item.parent / "record").is_dir():
     return None
@@ -211,7 +215,7 @@ def _advice() -> Iterator[None]:
     raise UsageError(f"{error}; name the folder of another step") from None
 
 
-def _find(given: Path) -> tuple[str, dict[str, Path]]:
+def _find(given: Any) -> tuple[str, dict[str, Any]]:
   """Returns the newest step's folder, and the folders of its items by name."""
   if not given.is_dir():
     raise UsageError(
@@ -225,7 +229,12 @@ def _find(given: Path) -> tuple[str, dict[str, Path]]:
   items = {each.parent.name: each.parent for each in given.glob("*/_METADATA")}
   if items:
     return str(given), items
-  saved = [each for each in given.iterdir() if any(each.rglob("_METADATA"))]
+  saved = [
+    each
+    for each in given.iterdir()
+    if storage.is_complete(each)
+    and any(file.name == "_METADATA" for file, _ in storage.files(each))
+  ]
   steps = [
     each
     for each in saved

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -14,6 +14,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flax_mechanic.checkpoints.checksum import checksums
+from flax_mechanic.checkpoints.storage import files, trouble
+from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import by_path, leaf_path
 
 # Path of an array -> its "shape", "dtype" and "checksum".
@@ -41,7 +43,7 @@ class SavedArrays:
     shapes: path of an array -> its shape; a random key's is that of its data.
   """
 
-  def __init__(self, folder: Path, name: str):
+  def __init__(self, folder: Any, name: str):
     """Reads the names and shapes of the arrays.
 
     Args:
@@ -54,7 +56,9 @@ class SavedArrays:
     # Its annotations ask for etils' paths, and it takes pathlib's as well.
     handler: Any = ocp.PyTreeCheckpointHandler()
     self._folder, self._name, self._handler = folder, name, handler
-    self._tree: Any = read_on_all(name, lambda: handler.metadata(folder).tree)
+    self._tree: Any = read_on_all(
+      name, lambda: handler.metadata(folder).tree, folder
+    )
     self.shapes: Mapping[str, tuple[int, ...]] = {
       path: tuple(getattr(leaf, "shape", None) or ())  # A text has none.
       for path, leaf in by_path(self._tree).items()
@@ -103,6 +107,7 @@ class SavedArrays:
           restore_args=ocp.checkpoint_utils.construct_restore_args(target),
         ),
       ),
+      self._folder,
     )
     arrays = {
       path: leaf for path, leaf in by_path(tree).items() if path in wanted
@@ -115,7 +120,7 @@ class SavedArrays:
     return arrays
 
 
-def check_size(folder: Path, name: str, descriptions: Descriptions) -> None:
+def check_size(folder: Any, name: str, descriptions: Descriptions) -> None:
   """Raises DamageError for arrays that the files of a step cannot hold.
 
   To be called before they are allocated.
@@ -131,8 +136,7 @@ def check_size(folder: Path, name: str, descriptions: Descriptions) -> None:
     for each in arrays
     if hasattr(each, "dtype")
   )
-  files = (each for each in folder.rglob("*") if each.is_file())
-  stored = sum(each.stat().st_size for each in files)
+  stored = sum(each for _, each in files(folder))
   if size > _RATIO * stored:
     raise DamageError(
       f"{name} declares {size / 1e9:,.0f} GB of arrays, which its "
@@ -140,7 +144,9 @@ def check_size(folder: Path, name: str, descriptions: Descriptions) -> None:
     )
 
 
-def read_on_all(name: str, read: Callable[[], _T]) -> _T:
+def read_on_all(
+  name: str, read: Callable[[], _T], folder: str | os.PathLike[str] = ""
+) -> _T:
   """Returns what `read` returns, if it succeeds on every process.
 
   Orbax's own checkpointers wait for all processes after a restore (0.12.8), so
@@ -149,19 +155,24 @@ def read_on_all(name: str, read: Callable[[], _T]) -> _T:
   Args:
     name: what the error calls it.
     read: reads without waiting for other processes.
+    folder: what it reads from.
 
   Raises:
     DamageError: a process could not read it.
+    UsageError: the bucket that it is in cannot be used, to a process.
   """
-  problem, value = "", None
+  problem, unusable, value = "", None, None
   try:
     with _patience():
       value = read()
   except Exception as error:  # Whatever reading a damaged file leads to.
-    problem = first_line(error)
-  succeeded = multihost_utils.process_allgather(np.array(not problem))
-  if not np.all(succeeded):
-    reason = problem or "by another process"
+    problem, unusable = first_line(error), trouble(folder, error)
+  outcome = (2 if unusable else 1) if problem else 0
+  worst = np.max(multihost_utils.process_allgather(np.array(outcome)))
+  if worst:
+    reason = unusable or problem or "by another process"
+    if worst == 2:
+      raise UsageError(f"{name} cannot be read: {reason}")
     raise DamageError(f"{name} cannot be read ({reason})")
   return value  # pyrefly: ignore[bad-return]
 

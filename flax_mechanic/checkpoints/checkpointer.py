@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.checkpoints.lock import Lock
 from flax_mechanic.checkpoints.renamed import saved_paths
 from flax_mechanic.checkpoints.retention import Retention
+from flax_mechanic.checkpoints.storage import failure, storage, trouble
 from flax_mechanic.errors import UsageError, no_room, printable
 from flax_mechanic.paths import by_path, leaf_path
 
@@ -86,7 +86,8 @@ class Checkpointer:
     """Opens a directory of checkpoints, creating it if need be.
 
     Args:
-      directory: step N is saved in its subfolder N.
+      directory: step N is saved in its subfolder N. It may be in a bucket:
+        gs://BUCKET/FOLDER.
       keep: how many of the newest steps to keep.
       keep_every: steps that are multiples of it are kept forever; 0 for none.
       best: the name of a metric, such as "eval/loss". The step with its
@@ -98,18 +99,21 @@ class Checkpointer:
       UsageError: the directory cannot be written, another run is writing it, a
         step in it is a link, or a file a pipe.
     """
-    self.directory = os.path.abspath(directory)
+    self._storage = storage(directory)
+    self.directory = self._storage.directory
     self._read_only = read_only
-    _check_kinds(Path(self.directory), read_only)
-    self._lock = None if read_only else Lock(self.directory)
-    self._retention = Retention(self.directory, keep, keep_every, best)
+    self._storage.check_kinds(read_only)
+    self._lock = None if read_only else Lock(self._storage)
+    self._retention = Retention(self._storage, keep, keep_every, best)
     if not read_only:
       if jax.process_index() == 0:
         self._retention.finish()
+        self._storage.clean()
       multihost_utils.sync_global_devices("deleted steps are gone")
+    own = {} if read_only else self._storage.options
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self._retention,
-      cleanup_tmp_directories=not read_only,
+      **own,
       read_only=read_only,
       create=not read_only,
       save_interval_steps=0 if read_only else 1,
@@ -122,6 +126,8 @@ class Checkpointer:
     except (ValueError, TypeError, RecursionError) as error:
       if self._lock is not None:
         self._lock.release()
+      if trouble(self.directory, error):
+        raise failure(self.directory, "cannot be read", error) from error
       raise UsageError(
         f"{self.directory} cannot be opened ({first_line(error)}); if the "
         "_CHECKPOINT_METADATA of a step is damaged, delete that file"
@@ -174,6 +180,8 @@ class Checkpointer:
         f"step {step} was not saved: {self.directory} holds step {steps[-1]} "
         "already"
       )
+    if self._lock is not None:
+      self._lock.check()
     self._retention.saving(step, numbers)
     with self._writing():
       self._manager.save(
@@ -200,7 +208,8 @@ class Checkpointer:
     Args:
       target: what was saved, as arrays or `jax.ShapeDtypeStruct`s.
       step: by default the newest intact one. Newer steps, all damaged, are set
-        aside with a warning: their folders are renamed to damaged_STEP.
+        aside with a warning: their folders are renamed to damaged_STEP, or
+        marked in a bucket.
       config: the run's present config, to be compared with the saved one.
       part: whether `target` may be a part of what was saved. Nothing else is
         read then, or verified.
@@ -231,9 +240,7 @@ class Checkpointer:
         damaged[each] = str(error)
         continue
       for newer, sentence in damaged.items():
-        moved = (
-          "" if self._read_only else f"; it is in {self._set_aside(newer)} now"
-        )
+        moved = "" if self._read_only else f"; {self._set_aside(newer)}"
         logging.warning("%s", printable(f"{sentence}{moved}"))
       return restored._replace(damaged=tuple(damaged.values()))
     raise UsageError(
@@ -355,43 +362,41 @@ class Checkpointer:
     folder, name = self._folder(step)
     return SavedArrays(folder / "state", name)
 
-  def _folder(self, step: int) -> tuple[Path, str]:
+  def _folder(self, step: int) -> tuple[Any, str]:
     """Returns the folder of a step, and what errors call it."""
     return (
-      Path(self.directory) / str(step),
+      self._storage.path / str(step),
       f"step {step} in {self.directory}",
     )
 
   def _set_aside(self, step: int) -> str:
-    """Renames the folder of a step, so that the step can be saved again."""
-    folder, _ = self._folder(step)
-    aside = lambda copy: folder.with_name(
-      f"damaged_{step}" + (f"_{copy}" if copy > 1 else "")
-    )
-    copy = 1
-    if jax.process_index() == 0:
-      while aside(copy).exists():
-        copy += 1
-      folder.rename(aside(copy))
-    # The others go on once it is renamed, and know its name.
-    copy = int(multihost_utils.broadcast_one_to_all(np.int32(copy)))
+    """Makes room for a step to be saved again, and says where it is now."""
+    moved = self._storage.set_aside(step)
     self._manager.reload()
-    return str(aside(copy))
+    return moved
+
+  def _names(self) -> list[int]:
+    """Returns the numbers among the names of folders."""
+    names = [each.name for each in self._storage.path.iterdir()]
+    return [int(name) for name in names if name.isdecimal()]
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
     """Raises a UsageError that says why nothing can be written."""
     try:
       yield
-    except (OSError, ValueError, RuntimeError) as error:
-      steps = [
-        int(name) for name in os.listdir(self.directory) if name.isdecimal()
-      ]
+    except Exception as error:
+      reason = trouble(self.directory, error)
+      if not reason and not isinstance(
+        error, OSError | ValueError | RuntimeError
+      ):
+        raise
+      steps = self._manager.all_steps() if reason else self._names()
+      advice = "" if reason else "make room, or make it writable, and "
       raise UsageError(
         f"saving into {self.directory} failed "
-        f"({no_room(error) or first_line(error)}); it holds steps "
-        f"{sorted(steps) or 'none'}; make room, or make it writable, and the "
-        "same command resumes"
+        f"({reason or no_room(error) or first_line(error)}); it holds steps "
+        f"{sorted(steps) or 'none'}; {advice}the same command resumes"
       ) from error
 
   def _check_fit(
@@ -409,27 +414,6 @@ class Checkpointer:
         "set it back, or carry over what fits with another --workdir and "
         f"--config.init_from={self.directory}"
       )
-
-
-def _check_kinds(directory: Path, read_only: bool) -> None:
-  """Raises a UsageError for what no run saves, such as a pipe or a link.
-
-  Orbax would write through the link of a step, or wait for minutes where it
-  cannot delete it, and for ever for what comes through a pipe.
-  """
-  for step in directory.glob("[0-9]*"):
-    if step.is_symlink() and not read_only:
-      _refuse(step, "a link")
-    for path in step.rglob("*"):
-      if path.exists() and not path.is_file() and not path.is_dir():
-        _refuse(path, "neither a file nor a folder")
-
-
-def _refuse(path: Path, kind: str) -> None:
-  raise UsageError(
-    f"{path} is {kind}, where a run writes its steps; delete it, or take "
-    "another --workdir"
-  )
 
 
 def _cast(leaf: Any, target: Any) -> Any:

@@ -5,7 +5,6 @@ import re
 import zlib
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 from types import UnionType
 from typing import Any
 
@@ -62,7 +61,7 @@ def _field(group: Any, name: str, kind: type | UnionType) -> Any:
   return group[name]
 
 
-def read(step: Path, name: str) -> Mapping[str, Any]:
+def read(step: Any, name: str) -> Mapping[str, Any]:
   """Returns the record of a step.
 
   Args:
@@ -75,7 +74,7 @@ def read(step: Path, name: str) -> Mapping[str, Any]:
   handler: Any = ocp.JsonCheckpointHandler()
   args = ocp.args.JsonRestore()
   return read_on_all(
-    name, lambda: unseal(handler.restore(step / "record", args=args))
+    name, lambda: unseal(handler.restore(step / "record", args=args)), step
   )
 
 

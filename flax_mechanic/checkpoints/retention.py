@@ -3,14 +3,13 @@
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 
 import jax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from flax_mechanic.checkpoints import record as record_lib
+from flax_mechanic.checkpoints.storage import Bucket, Folder
 
 
 class Retention(preservation_policy.PreservationPolicy):
@@ -23,16 +22,18 @@ class Retention(preservation_policy.PreservationPolicy):
   be deleted is noted in a file, and the next run finishes it.
   """
 
-  def __init__(self, directory: str, keep: int, keep_every: int, best: str):
+  def __init__(
+    self, place: Folder | Bucket, keep: int, keep_every: int, best: str
+  ):
     """Prepares to decide.
 
     Args:
-      directory: step N is saved in its subfolder N.
+      place: step N is saved in its subfolder N.
       keep: as in `Checkpointer`, and so are the other arguments.
       keep_every: as there.
       best: as there.
     """
-    self._directory = Path(directory)
+    self._place, self._directory = place, place.path
     self._note = self._directory / ".deleting"
     self._keep, self._keep_every = keep, keep_every
     self._best = best.removeprefix("-")
@@ -75,7 +76,7 @@ class Retention(preservation_policy.PreservationPolicy):
           if (self._directory / str(saved)).is_dir():
             for step in deleted:
               if isinstance(step, int):
-                shutil.rmtree(self._directory / str(step), ignore_errors=True)
+                self._place.delete(step)
     self.deleted()
 
   def _kept(self, own: Sequence[int]) -> Collection[int]:

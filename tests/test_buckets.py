@@ -1,0 +1,164 @@
+"""Checkpoints in a bucket, which an emulator has on this machine."""
+
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flax_mechanic
+from flax_mechanic import Checkpointer, UsageError
+from flax_mechanic.checkpoints import lock, storage
+
+TREE = {"params": {"w": jnp.arange(1000.0)}}
+
+
+@pytest.fixture
+def folder(bucket, request):
+  """A folder of its own in the bucket."""
+  return f"gs://test/{request.node.name}"
+
+
+def save(folder, steps, **options):
+  with Checkpointer(folder, **options) as checkpointer:
+    for step in steps:
+      checkpointer.save(step, TREE, metrics={"loss": float(step)})
+
+
+def on_disk(bucket, folder):
+  return bucket.folder / folder.removeprefix("gs://test/")
+
+
+def damage(step):
+  """Flips a byte in the largest of a step's files of arrays."""
+  files = (each for each in step.glob("state/ocdbt.process_0/d/*"))
+  file = max(files, key=lambda each: each.stat().st_size)
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 255
+  file.write_bytes(data)
+
+
+@pytest.mark.parametrize("given", ["gs://b/run", "gs:/b/run", "gs://b/run/"])
+def test_an_address_is_one_also_as_a_path_of_pathlib(bucket, given):
+  assert str(storage.path(given)) == "gs://b/run"
+  assert str(storage.path(given) / "x") == "gs://b/run/x"
+
+
+def test_what_is_neither_a_folder_nor_in_a_bucket_is_refused():
+  with pytest.raises(UsageError, match="type a folder, or gs://"):
+    storage.path("ftp://host/run")
+
+
+def test_the_newest_steps_and_the_best_are_kept(bucket, folder):
+  save(folder, (1, 2, 3, 4), keep=1, best="loss")
+  with Checkpointer(folder, read_only=True) as checkpointer:
+    assert checkpointer.steps() == [1, 4]
+    restored = checkpointer.restore(TREE)
+  np.testing.assert_array_equal(
+    restored.state["params"]["w"], TREE["params"]["w"]
+  )
+  assert not storage.file_system(folder).exists(f"{folder}/2")
+
+
+def test_a_damaged_step_is_marked_and_can_be_saved_again(bucket, folder):
+  save(folder, (1, 2))
+  damage(on_disk(bucket, folder) / "2")
+  with Checkpointer(folder) as checkpointer:
+    restored = checkpointer.restore(TREE)
+    assert restored.step == 1
+    assert "step 2" in restored.damaged[0]
+    assert checkpointer.steps() == [1]
+  # It is still there, for whoever wants to know what happened.
+  with Checkpointer(folder) as checkpointer:
+    assert checkpointer.steps() == [1]
+    assert (on_disk(bucket, folder) / "2/state/_METADATA").exists()
+    checkpointer.save(2, TREE)
+    checkpointer.wait()
+    checkpointer.verify(2)
+    assert checkpointer.restore(TREE).step == 2
+
+
+def test_a_step_that_a_kill_cut_short_is_deleted(bucket, folder):
+  save(folder, (1, 2))
+  file_system = storage.file_system(folder)
+  file_system.rm_file(f"{folder}/2/commit_success.txt")
+  file_system.pipe_file(f"{folder}/3/of_somebody_else", b"")
+  with Checkpointer(folder) as checkpointer:
+    assert checkpointer.latest() == 1
+  assert not file_system.exists(f"{folder}/2")
+  assert file_system.exists(f"{folder}/3")
+
+
+def test_parameters_are_loaded_and_a_run_is_adopted(bucket, folder):
+  save(f"{folder}/checkpoints", (1, 2))
+  storage.file_system(folder).rm_file(
+    f"{folder}/checkpoints/2/commit_success.txt"
+  )
+  zeros = {"w": jnp.zeros(1000)}
+  loaded = flax_mechanic.load_params(folder, zeros)
+  np.testing.assert_array_equal(loaded["w"], TREE["params"]["w"])
+  adopted = flax_mechanic.adopt(folder, zeros, optax.sgd(1.0).init)
+  assert adopted.notes[0] == f"starting from {folder}/checkpoints/1"
+
+
+def test_a_bucket_that_cannot_be_used_is_no_damage(bucket, folder, monkeypatch):
+  save(folder, (1, 2))
+  with Checkpointer(folder) as checkpointer:
+    for status, words in ((403, "permission"), (401, "credentials")):
+      bucket.fail(status=status)
+      with pytest.raises(UsageError, match=words):
+        checkpointer.restore(TREE)
+      bucket.fail(0)
+    assert checkpointer.restore(TREE).step == 2
+
+
+def test_there_is_no_such_bucket(bucket):
+  with pytest.raises(UsageError, match="there is no such bucket"):
+    Checkpointer("gs://gone/run")
+
+
+def test_two_runs_do_not_write_one_folder(bucket, folder, monkeypatch):
+  monkeypatch.setattr(lock, "LEASE", 1.2)
+  words = "another run is writing"
+  with Checkpointer(folder), pytest.raises(UsageError, match=words):
+    Checkpointer(folder)
+  start = time.monotonic()
+  with Checkpointer(folder):  # The lock of a run that has ended is gone.
+    assert time.monotonic() - start < 0.6
+
+
+def test_the_lock_of_a_killed_run_lapses(bucket, folder, monkeypatch, caplog):
+  monkeypatch.setattr(lock, "LEASE", 1.2)
+  killed = Checkpointer(folder)
+  held = killed._lock._held
+  held._ended.set()  # It does not renew its lock any more.
+  with Checkpointer(folder):
+    assert "waiting 1 seconds for its lock to lapse" in caplog.text
+    # If it was only asleep, it cannot go on.
+    with pytest.raises(UsageError, match="another run has taken over"):
+      killed.save(1, TREE)
+
+
+def test_of_many_runs_one_gets_the_lock(bucket, folder, monkeypatch):
+  """Also where a lapsed one is taken over."""
+  monkeypatch.setattr(lock, "LEASE", 0.8)
+  file_system = storage.file_system(storage.path(folder))
+  file_system.pipe_file(f"{folder}/.lock/{7:012d}", b"of a killed run")
+  leases, errors = [], []
+
+  def take():
+    try:
+      leases.append(lock.Lease(folder, file_system))
+    except UsageError as error:
+      errors.append(error)
+
+  threads = [threading.Thread(target=take) for _ in range(6)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert (len(leases), len(errors)) == (1, 5)
+  leases[0].check()
+  leases[0].release()

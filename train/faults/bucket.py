@@ -1,0 +1,188 @@
+"""A bucket on this machine: an emulator, in a process of its own.
+
+It is the PyPI package gcp-storage-emulator, which ignores the precondition that
+an object be of some generation, or absent (2026.7). Here it does not.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlparse
+
+NAME = "test"
+_CONTROL = "/emulator"
+
+
+class Bucket(NamedTuple):
+  """An emulated bucket.
+
+  Attributes:
+    folder: where its objects are, as files.
+    server: its address, http://HOST:PORT.
+  """
+
+  folder: Path
+  server: str
+
+  @property
+  def environment(self) -> Mapping[str, str]:
+    """What makes gs:// mean it, for gcsfs, google-cloud and TensorStore."""
+    return {
+      "STORAGE_EMULATOR_HOST": self.server,
+      "TENSORSTORE_GCS_HTTP_URL": self.server,
+      "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+      "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
+
+  def fail(self, share: float = 1.0, status: int = 503) -> None:
+    """Has a share of the requests fail from now on."""
+    self._control({"share": share, "status": status})
+
+  def served(self) -> int:
+    """Returns the bytes of objects that were read since the last call."""
+    return self._control({})["served"]
+
+  def _control(self, wish: Mapping[str, Any]) -> Any:
+    data = json.dumps(wish).encode()
+    request = urllib.request.Request(self.server + _CONTROL, data)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+      return json.load(answer)
+
+
+@contextlib.contextmanager
+def emulator(folder: Path) -> Iterator[Bucket]:
+  """Emulates gs://test, with its objects in a folder."""
+  process = subprocess.Popen(
+    [sys.executable, "-m", __name__, str(folder)],
+    stdout=subprocess.PIPE,
+    stdin=subprocess.PIPE,
+    text=True,
+    cwd=Path(__file__).parents[2],
+  )
+  with process:
+    port = (process.stdout or sys.stdin).readline().strip()
+    try:
+      yield Bucket(folder / ".cloudstorage" / NAME, f"http://127.0.0.1:{port}")
+    finally:
+      process.kill()
+
+
+def _serve(folder: str) -> None:
+  from gcp_storage_emulator import server
+  from gcp_storage_emulator.storage import Storage
+
+  logging.disable()
+
+  class Unmet(Exception):  # noqa: N818
+    pass
+
+  lock = threading.Lock()
+  wanted: list[str] = []
+  failing = {"share": 0.0, "status": 503}
+  served: Counter[str] = Counter()
+
+  class Objects(Storage):
+    def create_file(
+      self,
+      bucket_name: str,
+      file_name: str,
+      content: bytes,
+      file_obj: Any,
+      file_id: str | None = None,
+    ) -> None:
+      object_ = self.objects.get(bucket_name, {}).get(file_name, {})
+      if wanted and wanted != [object_.get("generation", "0")]:
+        raise Unmet
+      super().create_file(bucket_name, file_name, content, file_obj, file_id)
+
+    def _write_config_to_file(self) -> None:
+      """It would be rewritten for each object."""
+
+    def _bucket_soft_delete_retention_seconds(self, bucket_name: str) -> int:
+      return 0
+
+  storage = Objects(data_dir=folder)
+  server.buckets.create_bucket(NAME, storage)
+
+  class Handler(server.RequestHandler):
+    def __init__(self, *arguments: Any):
+      super().__init__(storage, *arguments)
+
+    def do_GET(self) -> None:  # noqa: N802
+      self._do("GET")
+
+    def do_POST(self) -> None:  # noqa: N802
+      if self.path != _CONTROL:
+        self._do("POST")
+        return
+      wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+      failing.update(wish)
+      answer = json.dumps({"served": served.total()}).encode()
+      served.clear()
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(answer)
+
+    def do_PUT(self) -> None:  # noqa: N802
+      self._do("PUT")
+
+    def do_PATCH(self) -> None:  # noqa: N802
+      self._do("PATCH")
+
+    def do_DELETE(self) -> None:  # noqa: N802
+      self._do("DELETE")
+
+    def _do(self, method: str) -> None:
+      if random.random() < failing["share"]:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self._refuse(int(failing["status"]))
+        return
+      with lock:
+        wanted[:] = parse_qs(urlparse(self.path).query).get(
+          "ifGenerationMatch", []
+        )
+        try:
+          server.Router(self).handle(method)
+        except Unmet:
+          self._refuse(412)
+        except ConnectionError:
+          pass  # The client was killed.
+
+    def _refuse(self, status: int) -> None:
+      self.send_response(status)
+      self.send_header("Content-Length", "0")
+      self.end_headers()
+
+    def send_header(self, keyword: str, value: str) -> None:
+      path = getattr(self, "path", "")
+      is_object = "alt=media" in path or path.startswith("/download")
+      if keyword == "Content-Length" and self.command == "GET" and is_object:
+        served[path] += int(value)
+      super().send_header(keyword, value)
+
+  class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+  httpd = Server(("127.0.0.1", 0), Handler)
+  # It ends with the process that started it, whose pipe is then closed.
+  threading.Thread(
+    target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True
+  ).start()
+  print(httpd.server_address[1], flush=True)
+  httpd.serve_forever()
+
+
+if __name__ == "__main__":
+  _serve(sys.argv[1])

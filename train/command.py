@@ -9,6 +9,7 @@ from typing import Any
 
 import absl.logging
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError, no_room, printable
 
 
@@ -71,6 +72,8 @@ def failed(error: Exception) -> int:
   words = no_room(error)
   if isinstance(error, UsageError):
     sentence = str(error)
+  elif reason := storage.refused(error):
+    sentence = f"the bucket cannot be used: {reason}"
   elif words:
     file = getattr(error, "filename", None)
     sentence = (

@@ -14,7 +14,6 @@ OUT  a new folder; Orbax writes the parameters that the optimizer evaluates and
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.checkpoints.arrays import first_line
 from flax_mechanic.checkpoints.checkpointer import Checkpointer
 from flax_mechanic.errors import UsageError
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(arguments: Sequence[str]) -> Iterator[str]:
   if len(arguments) != 2:
     raise UsageError("type python -m train.export DIR OUT")
-  given, out = (Path(each).expanduser().absolute() for each in arguments)
+  given, out = map(storage.path, arguments)
+  if not storage.is_bucket(out):
+    out = out.absolute()  # Orbax asks for it.
   if out.exists():
     raise UsageError(f"{out} exists already; name a new folder")
   if not (given / "checkpoints").is_dir():
@@ -57,10 +59,9 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
       state = nnx.merge_state(job.target, restored.state)
       writer.save(out, exported(state))
   yield from restored.damaged
-  for aside in sorted((given / "checkpoints").glob("damaged_*")):
-    number = aside.name.split("_")[1]
-    if number.isdecimal() and int(number) > restored.step:
-      yield f"step {number} is damaged and was set aside as {aside}"
+  for number, where in storage.storage(given / "checkpoints").aside():
+    if number > restored.step:
+      yield f"step {number} is damaged and {where}"
   yield f"step {restored.step} of {given} is in {out}"
 
 

@@ -8,15 +8,17 @@ one sentence that says what to type instead.
 import difflib
 import importlib.util
 import inspect
+import secrets
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import absl.flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
 
@@ -48,7 +50,7 @@ class Arguments(NamedTuple):
   """The command line of `train.main`, parsed."""
 
   config: ConfigDict
-  workdir: Path
+  workdir: Any
   processes: Processes | None
 
 
@@ -67,7 +69,7 @@ def parse(argv: Sequence[str]) -> Arguments:
   config, given = read(argv, ["workdir"], Processes._fields)
   processes = _processes(given)
   check_workdir(given["workdir"])
-  return Arguments(config, Path(given["workdir"]).expanduser(), processes)
+  return Arguments(config, storage.path(given["workdir"]), processes)
 
 
 def read(
@@ -211,15 +213,20 @@ def check_workdir(workdir: str) -> None:
   """Creates the working directory and writes to it.
 
   Raises:
-    UsageError: it is a URL, or it cannot be created or written to.
+    UsageError: it cannot be created or written to.
   """
-  if "://" in workdir:
-    raise UsageError(
-      f"--workdir={workdir} is a URL; mount the bucket (with gcsfuse, say) and "
-      "type the directory"
-    )
+  path = storage.path(workdir)
+  if storage.is_bucket(path):
+    probe = path / f".probe_{secrets.token_hex(8)}"
+    try:
+      probe.write_bytes(b"")
+      probe.unlink()
+    except Exception as error:  # Whatever a bucket's client raises.
+      raise storage.failure(
+        f"--workdir={workdir}", "cannot be written", error
+      ) from error
+    return
   try:
-    path = Path(workdir).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
       pass

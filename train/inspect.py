@@ -10,8 +10,8 @@ and what was measured and learned by that step.
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.checkpoints.checkpointer import Checkpointer
 from flax_mechanic.errors import UsageError
 from train.command import run_command
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(problems: list[str], arguments: Sequence[str]) -> Iterator[str]:
   if len(arguments) != 1:
     raise UsageError("type python -m train.inspect DIR, the --workdir of a run")
-  given = Path(arguments[0]).expanduser()
+  given = storage.path(arguments[0])
   folder = given / "checkpoints" if (given / "checkpoints").is_dir() else given
   if not folder.is_dir():
     raise UsageError(f"{given} is not a directory; type the --workdir of a run")
@@ -47,8 +47,7 @@ def _report(problems: list[str], arguments: Sequence[str]) -> Iterator[str]:
       raise UsageError(f"{given} holds no checkpoint")
     rows, record = [], {}
     for step in steps:
-      files = (folder / str(step)).rglob("*")
-      size = sum(each.stat().st_size for each in files if each.is_file())
+      size = sum(each for _, each in storage.files(folder / str(step)))
       try:
         checkpointer.verify(step)
         record = checkpointer.read(step)

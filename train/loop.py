@@ -6,7 +6,6 @@ import os
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
 import flax_mechanic
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
 from train import files, prefetch, processes, writers
@@ -51,7 +51,7 @@ def train(
   Args:
     config: as `configs.default` describes it.
     workdir: holds `config.json`, `parameters.txt`, `metrics.jsonl`, TensorBoard
-      files and `checkpoints/STEP`.
+      files and `checkpoints/STEP`. It may be in a bucket: gs://BUCKET/FOLDER.
     writer: where metrics go, with the interface of clu's MetricWriter; by
       default files in `workdir`.
 
@@ -64,16 +64,16 @@ def train(
       not finite at the end.
   """
   _check_ranges(config)
-  workdir = Path(workdir)
+  root = storage.path(workdir)
   job = make_job(config)
   _check_best(job, config.checkpoint_best)
   saved_config = config.to_json_best_effort(indent=2)
-  processes.check_agreement(saved_config, workdir)
-  _check_files(job, workdir)
+  processes.check_agreement(saved_config, root)
+  _check_files(job, root)
   with (
     jax.set_mesh(job.mesh),
     flax_mechanic.Checkpointer(
-      workdir / "checkpoints",
+      root / "checkpoints",
       keep=config.checkpoint_keep,
       keep_every=config.checkpoint_keep_every,
       best=config.checkpoint_best,
@@ -81,13 +81,13 @@ def train(
   ):
     start, state, notes = _start(job, checkpointer, config)
     if writer is None:
-      writer = writers.make_writer(workdir, resume_step=start)
-    overview, table = _overview(job, workdir / "parameters.txt")
+      writer = writers.make_writer(root, resume_step=start)
+    overview, table = _overview(job, root / "parameters.txt")
     if jax.process_index() == 0:
-      files.write(workdir / "config.json", f"{saved_config}\n".encode())
-      files.write(workdir / "parameters.txt", table.encode())
+      files.write(root / "config.json", f"{saved_config}\n".encode())
+      files.write(root / "parameters.txt", table.encode())
       for name, content in job.task.files.items():
-        files.write(workdir / name, content)
+        files.write(root / name, content)
     writer.write_hparams(_hparams(config))
     steps = range(start + 1, config.num_steps + 1)
     load = lambda step: job.train_batch(step - 1)
@@ -119,6 +119,8 @@ def train(
         if news:
           progress.update(step, news)
         if last or stopped or step % config.checkpoint_every == 0:
+          # A run that resumes here keeps the lines so far.
+          writer.flush()
           checkpointer.save(
             step,
             state,
@@ -180,10 +182,10 @@ def _check_finite(evaluation: Mapping[str, float], step: int) -> None:
       )
 
 
-def _check_files(job: Job, workdir: Path) -> None:
+def _check_files(job: Job, root: Any) -> None:
   """Checks that what the run keeps of its task is what the task has now."""
   for name, content in job.task.files.items():
-    kept = workdir / name
+    kept = root / name
     if kept.exists() and kept.read_bytes() != content:
       raise UsageError(
         f"{kept}, which this run was trained with, is another than the present "
@@ -314,7 +316,7 @@ def _where(job: Job) -> str:
   )
 
 
-def _overview(job: Job, path: Path) -> tuple[str, str]:
+def _overview(job: Job, path: Any) -> tuple[str, str]:
   """Returns the table of parameters, short for the log and whole for a file."""
   params = nnx.to_pure_dict(nnx.filter_state(job.target["model"], nnx.Param))
   table = parameter_overview.get_parameter_overview(params, include_stats=False)

@@ -15,11 +15,11 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from train import files
 from train.command import run_command
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(arguments: Sequence[str]) -> Iterator[str]:
   if not arguments:
     raise UsageError("type python -m train.plot DIR")
-  folders = [Path(each).expanduser() for each in arguments]
+  folders = [storage.path(each) for each in arguments]
   runs = {str(folder): read(folder) for folder in folders}
   try:
     from matplotlib.figure import Figure
@@ -73,7 +73,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
     yield str(file)
 
 
-def read(folder: Path) -> Curves:
+def read(folder: Any) -> Curves:
   """Returns the curves of a run, without values that are not finite.
 
   Args:
@@ -83,11 +83,12 @@ def read(folder: Path) -> Curves:
     UsageError: it holds no metrics.
   """
   file = folder / "metrics.jsonl"
-  if not file.is_file():
+  text = files.log(file).read()
+  if text is None:
     raise UsageError(f"{folder} holds no metrics.jsonl; type a run's --workdir")
   curves: dict[str, dict[int, float]] = {}
   # A line without a newline is still being written.
-  for line in file.read_bytes().splitlines(keepends=True):
+  for line in text.splitlines(keepends=True):
     try:
       row = json.loads(line) if line.endswith(b"\n") else {}
       for name, value in row.items():

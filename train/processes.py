@@ -6,7 +6,6 @@ import secrets
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TextIO
 
@@ -16,6 +15,7 @@ from jax._src import distributed  # It has no public name.
 from jax.experimental import multihost_utils
 
 from flax_mechanic.errors import UsageError
+from train import files
 from train.flags import Processes
 from train.lifeline import Lifeline, delay_abort
 
@@ -72,7 +72,7 @@ def terminal() -> TextIO:
   return sys.stdout if jax.process_index() == 0 else open(os.devnull, "w")
 
 
-def check_agreement(config: str, workdir: Path) -> None:
+def check_agreement(config: str, workdir: Any) -> None:
   """Checks that every process runs the same job in the same directory.
 
   Args:
@@ -96,7 +96,7 @@ def check_agreement(config: str, workdir: Path) -> None:
   )
   path = workdir / f".process_0_{token}"
   if jax.process_index() == 0:
-    path.touch()
+    files.write(path, b"")
   multihost_utils.sync_global_devices("the file is there")
   seen = path.exists()
   multihost_utils.sync_global_devices("the file has been looked for")

@@ -14,12 +14,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from train import files
 
@@ -78,7 +78,8 @@ class JsonlWriter(MetricWriter):
   """Scalars as JSON, a line per call: {"step": 10, "train/loss": 0.5}.
 
   NaN and infinities, which JSON cannot express, are null. A line is in the file
-  when write_scalars returns. Other kinds of summaries are ignored.
+  when write_scalars returns, and in a bucket `files.INTERVAL` seconds later, or
+  after a flush. Other kinds of summaries are ignored.
   """
 
   def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
@@ -90,14 +91,16 @@ class JsonlWriter(MetricWriter):
         that a kill cut short, are dropped atomically, so that the file
         continues as if the run had never stopped. None or 0 restarts the file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if resume_step and path.is_file():
-      lines = path.read_bytes().splitlines(keepends=True)
-      kept = [line for line in lines if _step(line) <= resume_step]
-    files.write(path, b"".join(kept))
-    self._file = _File(path)
+    file = storage.path(path)
+    _create(file.parent)
+    self._file = files.log(file)
+    lines = (self._file.read() if resume_step else None) or b""
+    kept = [
+      line
+      for line in lines.splitlines(keepends=True)
+      if _step(line) <= (resume_step or 0)
+    ]
+    self._file.start(b"".join(kept))
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     numbers = {name: float(value) for name, value in scalars.items()}
@@ -107,6 +110,9 @@ class JsonlWriter(MetricWriter):
     }
     self._file.write(json.dumps(line).encode() + b"\n")
 
+  def flush(self) -> None:
+    self._file.flush()
+
   def close(self) -> None:
     self._file.close()
 
@@ -114,7 +120,8 @@ class JsonlWriter(MetricWriter):
 class TensorBoardWriter(MetricWriter):
   """TensorBoard's event files, in tensorboardX's format.
 
-  What is written is in the file when a call returns. tensorboardX's own writer
+  What is written is in the file when a call returns, and in a bucket as it is
+  for `JsonlWriter`. tensorboardX's own writer
   has a thread instead, whose end, on a full disk, would block the run for ever.
   Images also need Pillow, and audio needs soundfile. Videos, which tensorboardX
   turns into GIFs with moviepy, and write_summaries are ignored. For a resumed
@@ -132,9 +139,10 @@ class TensorBoardWriter(MetricWriter):
     Raises:
       UsageError: an earlier event file is a link.
     """
-    logdir = Path(logdir)
-    logdir.mkdir(parents=True, exist_ok=True)
-    for file in logdir.glob("events.out.tfevents.*"):
+    folder = storage.path(logdir)
+    _create(folder)
+    is_bucket = storage.is_bucket(folder)
+    for file in () if is_bucket else folder.glob("events.out.tfevents.*"):
       if file.is_symlink():
         raise UsageError(
           f"{file} is a link, which no run of this job makes; delete it, or "
@@ -142,7 +150,7 @@ class TensorBoardWriter(MetricWriter):
         )
     # TensorBoard reads the files of a directory in the order of their names.
     name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
-    self._file = _File(logdir / name)
+    self._file = files.log(folder / name)
     self._write(file_version="brain.Event:2")
     # The first step to hide.
     step = resume_step + 1 if resume_step else 0
@@ -205,6 +213,9 @@ class TensorBoardWriter(MetricWriter):
     _, start, _ = summary.hparams(known, {})
     self._write(summary=start)
 
+  def flush(self) -> None:
+    self._file.flush()
+
   def close(self) -> None:
     self._file.close()
 
@@ -255,31 +266,17 @@ def make_writer(
   if jax.process_index() != 0:
     return MultiWriter([])
   writers: list[MetricWriter] = [
-    JsonlWriter(Path(workdir) / "metrics.jsonl", resume_step)
+    JsonlWriter(storage.path(workdir) / "metrics.jsonl", resume_step)
   ]
   if importlib.util.find_spec("tensorboardX"):
     writers.append(TensorBoardWriter(workdir, resume_step))
   return MultiWriter(writers)
 
 
-class _File:
-  """A file to append to, without a buffer that could fail when it is closed."""
-
-  def __init__(self, path: Path):
-    self._path = path
-    self._file = path.open("ab", buffering=0)
-
-  def write(self, data: bytes) -> None:
-    """Writes all of it, or raises an OSError that names the file."""
-    try:
-      while data:
-        data = data[self._file.write(data) :]
-    except OSError as error:
-      error.filename = str(self._path)
-      raise
-
-  def close(self) -> None:
-    self._file.close()
+def _create(folder: Any) -> None:
+  """Creates a folder; in a bucket there are none."""
+  if not storage.is_bucket(folder):
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _step(line: bytes) -> float:

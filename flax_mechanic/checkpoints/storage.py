@@ -118,8 +118,15 @@ def trouble(folder: Any, error: BaseException | None) -> str | None:
 
   None for a file that is missing or damaged, and for anything on a disk.
   """
-  if not is_bucket(folder):
-    return None
+  return _reason(error) if is_bucket(folder) else None
+
+
+def refused(error: BaseException) -> str | None:
+  """Returns the same for an error of anything, if a bucket is in use."""
+  return _reason(error) if _connect.cache_info().currsize else None
+
+
+def _reason(error: BaseException | None) -> str | None:
   while error is not None:
     if not isinstance(error, FileNotFoundError | UsageError):
       text = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"

@@ -26,12 +26,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import jax
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
-from train import flags
+from train import files, flags
 from train.command import run_command
 from train.progress import Progress
 from train.sweep import plan
@@ -63,18 +64,18 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
     ) from error
   units = plan.make_units(config)
   flags.check_workdir(given["workdir"])
-  workdir = Path(given["workdir"]).expanduser()
+  workdir = storage.path(given["workdir"])
   file = workdir / "runs.jsonl"
   train(units, file)
   data = comparison.frame(rows_of(units, file))
   tables = comparison.tables(data)
-  (workdir / "tables.md").write_text(tables + "\n")
+  files.write(workdir / "tables.md", f"{tables}\n".encode())
   yield tables
   for name in figures.draw(data, workdir):
     yield f"{workdir / name}"
 
 
-def train(units: Sequence[plan.Unit], file: Path) -> None:
+def train(units: Sequence[plan.Unit], file: Any) -> None:
   """Runs what is missing from the file, and appends it.
 
   Args:
@@ -82,6 +83,7 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
     file: a line for each evaluation of each run. The lines of a unit at one
       length are written at once.
   """
+  log = files.log(file)
   done = {plan.key(row) for row in read(file)}
   missing = []
   for unit in units:
@@ -92,6 +94,8 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
       missing.append((unit, lengths))
   if not missing:
     return
+  if storage.is_bucket(file):
+    log.start(log.read() or b"")
   lock, stopped = threading.Lock(), threading.Event()
   steps = 0
 
@@ -105,8 +109,8 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
         steps += len(rows) * (step - before)
         progress.update(steps, {})
         if step == num_steps:
-          with file.open("a") as out:
-            out.write(lines)
+          log.write(lines.encode())
+          log.flush()
       before, lines = (0, "") if step == num_steps else (step, lines)
       if stopped.is_set():
         return
@@ -126,9 +130,11 @@ def train(units: Sequence[plan.Unit], file: Path) -> None:
       stopped.set()
       pool.shutdown(cancel_futures=True)
       raise
+    finally:
+      log.close()
 
 
-def rows_of(units: Sequence[plan.Unit], file: Path) -> list[Row]:
+def rows_of(units: Sequence[plan.Unit], file: Any) -> list[Row]:
   """Returns the file's rows of these units, with the units' attributes."""
   found = {plan.key(row): row for row in read(file)}
   return [
@@ -139,17 +145,16 @@ def rows_of(units: Sequence[plan.Unit], file: Path) -> list[Row]:
   ]
 
 
-def read(file: Path) -> list[Row]:
+def read(file: Any) -> list[Row]:
   """Returns the lines of a file; none if there is no file.
 
   A line that a kill cut short is removed.
   """
-  if not file.exists():
-    return []
-  text = file.read_text()
+  log = files.log(file)
+  text = (log.read() or b"").decode()
   whole = text[: text.rfind("\n") + 1]
   if whole != text:
-    file.write_text(whole)
+    log.start(whole.encode())
   return [json.loads(line) for line in whole.splitlines()]
 
 

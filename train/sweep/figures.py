@@ -1,9 +1,9 @@
 """Figures of a sweep, as PNG and SVG."""
 
+import io
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from train import files
 from train.sweep import comparison
 
 # Method -> matplotlib's keyword arguments for its line.
@@ -24,7 +25,7 @@ _LOSSES = (0.4, 10.0)
 _TICKS = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 
 
-def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:
+def draw(data: pd.DataFrame, workdir: Any) -> Iterator[str]:
   """Draws the figures that the data has; yields the names of the files.
 
   Args:
@@ -54,8 +55,14 @@ def draw(data: pd.DataFrame, workdir: Path) -> Iterator[str]:
       continue
     FigureCanvasAgg(figure)
     with mpl.rc_context(fixed):
-      figure.savefig(workdir / f"{name}.png", dpi=120)
-      figure.savefig(workdir / f"{name}.svg", metadata={"Date": None})
+      options: Any
+      for kind, options in (
+        ("png", {"dpi": 120}),
+        ("svg", {"metadata": {"Date": None}}),
+      ):
+        image = io.BytesIO()
+        figure.savefig(image, format=kind, **options)
+        files.write(workdir / f"{name}.{kind}", image.getvalue())
     yield f"{name}.png"
 
 

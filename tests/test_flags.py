@@ -276,9 +276,9 @@ def test_bad_config(job, capsys, config, sentence):
     ("file", "--workdir=file cannot be written: File exists"),
     ("file/x", "--workdir=file/x cannot be written: Not a directory"),
     (
-      "gs://bucket/x",
-      "--workdir=gs://bucket/x is a URL; mount the bucket (with gcsfuse, "
-      "say) and type the directory",
+      "ftp://host/x",
+      "ftp://host/x is neither a folder nor in a bucket; type a folder, or "
+      "gs://BUCKET/FOLDER",
     ),
   ],
 )

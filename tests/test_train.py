@@ -89,6 +89,9 @@ class Killed(BaseException):
 
 
 class Writer:
+  def flush(self):
+    pass
+
   """What clu's MetricWriter offers, as far as the loop uses it."""
 
   def __init__(self, die_at=None):

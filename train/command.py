@@ -72,14 +72,14 @@ def failed(error: Exception) -> int:
   words = no_room(error)
   if isinstance(error, UsageError):
     sentence = str(error)
-  elif reason := storage.refused(error):
-    sentence = f"the bucket cannot be used: {reason}"
   elif words:
     file = getattr(error, "filename", None)
     sentence = (
       f"{f'{file}: ' * bool(file)}{words}; make room or lift the limit, and "
       "give the same command again"
     )
+  elif reason := storage.refused(error):
+    sentence = f"the bucket cannot be used: {reason}"
   else:
     raise error
   with contextlib.suppress(OSError):  # It may be on the full disk too.

@@ -82,6 +82,7 @@ class File:
   def start(self, data: bytes) -> None:
     """Replaces what there is by some beginning, atomically."""
     write(self._path, data)
+    self._file = self._path.open("ab", buffering=0)
 
   def write(self, data: bytes) -> None:
     """Writes all of it, or raises an OSError that names the file."""
@@ -139,7 +140,8 @@ class Segments:
     """Replaces what there is by some beginning, atomically."""
     earlier = self._runs()
     self._run, self._number = max(earlier, default=0) + 1, 0
-    self._put(data)
+    if data or earlier:
+      self._put(data)
     with _writing(self._path):
       for name in (each for run in earlier.values() for each in run):
         self._fs.rm_file(name)

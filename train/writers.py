@@ -151,6 +151,7 @@ class TensorBoardWriter(MetricWriter):
     # TensorBoard reads the files of a directory in the order of their names.
     name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
     self._file = files.log(folder / name)
+    self._file.start(b"")
     self._write(file_version="brain.Event:2")
     # The first step to hide.
     step = resume_step + 1 if resume_step else 0

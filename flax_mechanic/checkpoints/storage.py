@@ -286,7 +286,7 @@ def is_complete(step: Any) -> bool:
 def failure(folder: Any, what: str, error: Exception) -> UsageError:
   """Returns the error that says why something in a bucket failed."""
   missing = isinstance(error, FileNotFoundError)
-  reason = trouble(folder, error) or (
+  reason = _reason(error) or (
     "there is no such bucket" if missing else f"{type(error).__name__}: {error}"
   )
   return UsageError(f"{folder} {what}: {reason}")

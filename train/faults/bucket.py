@@ -1,7 +1,8 @@
 """A bucket on this machine: an emulator, in a process of its own.
 
-It is the PyPI package gcp-storage-emulator, which ignores the precondition that
-an object be of some generation, or absent (2026.7). Here it does not.
+It is the PyPI package gcp-storage-emulator. It ignores the precondition that an
+object be of some generation, or absent, and does not say of which one is what
+it serves (2026.7). Here it does.
 """
 
 import contextlib
@@ -85,10 +86,15 @@ def _serve(folder: str) -> None:
   logging.disable()
 
   class Unmet(Exception):  # noqa: N818
-    pass
+    def __init__(self, status: int):
+      self.status = status
 
   lock = threading.Lock()
+  # Of the request that is being answered: which generation is wanted, which
+  # one is known, and which one is served.
   wanted: list[str] = []
+  known: list[str] = []
+  sent: list[str] = []
   failing = {"share": 0.0, "status": 503}
   served: Counter[str] = Counter()
 
@@ -101,10 +107,22 @@ def _serve(folder: str) -> None:
       file_obj: Any,
       file_id: str | None = None,
     ) -> None:
-      object_ = self.objects.get(bucket_name, {}).get(file_name, {})
-      if wanted and wanted != [object_.get("generation", "0")]:
-        raise Unmet
+      if wanted and wanted != [self._generation(bucket_name, file_name)]:
+        raise Unmet(412)
       super().create_file(bucket_name, file_name, content, file_obj, file_id)
+
+    def get_file(
+      self, bucket_name: str, file_name: str, show_error: bool = True
+    ) -> bytes:
+      generation = self._generation(bucket_name, file_name)
+      if known == [generation] and generation != "0":
+        raise Unmet(304)
+      sent[:] = [generation] * (generation != "0")
+      return super().get_file(bucket_name, file_name, show_error)
+
+    def _generation(self, bucket_name: str, file_name: str) -> str:
+      found = self.objects.get(bucket_name, {}).get(file_name, {})
+      return found.get("generation", "0")
 
     def _write_config_to_file(self) -> None:
       """It would be rewritten for each object."""
@@ -149,13 +167,14 @@ def _serve(folder: str) -> None:
         self._refuse(int(failing["status"]))
         return
       with lock:
-        wanted[:] = parse_qs(urlparse(self.path).query).get(
-          "ifGenerationMatch", []
-        )
+        query = parse_qs(urlparse(self.path).query)
+        wanted[:] = query.get("ifGenerationMatch", [])
+        known[:] = query.get("ifGenerationNotMatch", [])
+        sent.clear()
         try:
           server.Router(self).handle(method)
-        except Unmet:
-          self._refuse(412)
+        except Unmet as unmet:
+          self._refuse(unmet.status)
         except ConnectionError:
           pass  # The client was killed.
 
@@ -169,6 +188,8 @@ def _serve(folder: str) -> None:
       is_object = "alt=media" in path or path.startswith("/download")
       if keyword == "Content-Length" and self.command == "GET" and is_object:
         served[path] += int(value)
+        for generation in sent:
+          super().send_header("x-goog-generation", generation)
       super().send_header(keyword, value)
 
   class Server(ThreadingHTTPServer):

@@ -55,11 +55,8 @@ def draw(data: pd.DataFrame, workdir: Any) -> Iterator[str]:
       continue
     FigureCanvasAgg(figure)
     with mpl.rc_context(fixed):
-      options: Any
-      for kind, options in (
-        ("png", {"dpi": 120}),
-        ("svg", {"metadata": {"Date": None}}),
-      ):
+      own: Any = {"png": {"dpi": 120}, "svg": {"metadata": {"Date": None}}}
+      for kind, options in own.items():
         image = io.BytesIO()
         figure.savefig(image, format=kind, **options)
         files.write(workdir / f"{name}.{kind}", image.getvalue())

@@ -1,7 +1,7 @@
 r"""What a run survives: kills, signals, full disks, damaged checkpoints.
 
   python -m train.faults [--trials=500] [--seed=0] [--kinds=KIND,...]
-      [--trial=N ...] [--jobs=2]
+      [--trial=N ...] [--jobs=2] [--bucket]
 
 --trials=N       how many
 --seed=N         of what is drawn at random
@@ -9,6 +9,7 @@ r"""What a run survives: kills, signals, full disks, damaged checkpoints.
 --trial=N        this one alone; may be given several times, and with the same
                  --kinds as before
 --jobs=N         trials at a time
+--bucket         the jobs run in an emulated bucket; for kill and kill_in_save
 
 A trial takes a small job of some task and method, does something to it, and
 then gives the same command again. It prints a table of what came of them:
@@ -38,12 +39,16 @@ from pathlib import Path
 import jax
 
 from configs import default  # noqa: F401  # Forked runs have it then.
+from flax_mechanic.checkpoints import lock
 from train import loop  # noqa: F401
 from train.faults import interruptions, judge, trials
+from train.faults.bucket import emulator
 from train.faults.judge import Verdict
 from train.faults.runs import FORK
 from train.faults.trials import KINDS, Trial
 from train.tables import format_table
+
+_IN_BUCKET = {"kill", "kill_in_save"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--kinds", type=_kinds, default=KINDS)
   parser.add_argument("--trial", type=int, action="append")
   parser.add_argument("--jobs", type=int, default=2)
+  parser.add_argument("--bucket", action="store_true")
   arguments = parser.parse_args(argv)
+  if arguments.bucket and not {*arguments.kinds} <= _IN_BUCKET:
+    parser.error(f"--bucket needs --kinds of {', '.join(sorted(_IN_BUCKET))}")
   kinds = list(arguments.kinds)
   if "full_disk" in kinds and not interruptions.can_mount():
     print("full_disk is left out: no tmpfs can be mounted here")
@@ -67,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   failures = []
   start = time.monotonic()
   for trial, what, verdict in _run(
-    trials.plan(kinds, arguments.seed, numbers), arguments.jobs
+    trials.plan(kinds, arguments.seed, numbers),
+    arguments.jobs,
+    arguments.bucket,
   ):
     counts[trial.kind, verdict.outcome] += 1
     if verdict.outcome not in judge.GOOD:
@@ -85,18 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(
-  planned: Sequence[Trial], jobs: int
+  planned: Sequence[Trial], jobs: int, in_bucket: bool
 ) -> Iterator[tuple[Trial, str, Verdict]]:
   """Yields trials as they end, with what was done and what came of it."""
   with (
     tempfile.TemporaryDirectory() as folder,
+    _bucket(Path(folder), in_bucket) as bucket,
     ProcessPoolExecutor(
       jobs, FORK, initializer=_configure, initargs=(folder,)
     ) as pool,
   ):
     references = {
       (text, processes): pool.submit(
-        trials.make_reference, Path(folder), text, processes
+        trials.make_reference, Path(folder), text, processes, bucket
       )
       for text, processes in dict.fromkeys(
         (trial.draw()[1], trial.processes) for trial in planned
@@ -112,6 +123,21 @@ def _run(
     }
     for future in as_completed(found):
       yield found[future], *future.result()
+
+
+@contextlib.contextmanager
+def _bucket(folder: Path, wished: bool) -> Iterator[Path | None]:
+  """Emulates a bucket for the runs to come; yields the folder of its objects.
+
+  The lock of a run that was killed lapses sooner there.
+  """
+  if not wished:
+    yield None
+    return
+  with emulator(folder / "bucket") as bucket:
+    os.environ.update(bucket.environment)
+    lock.LEASE = 4.0
+    yield bucket.folder
 
 
 def _configure(folder: str) -> None:

@@ -104,7 +104,7 @@ def _kills(
   for step in EVERY * np.array(steps):
     (run,) = job.start()
     if in_save:
-      run.wait(LIMIT, functools.partial(_is_saving, job.checkpoints, step))
+      run.wait(LIMIT, functools.partial(job.is_saving, step))
     delays.append(delay())
     run.wait(delays[-1])
     run.send(signal.SIGKILL)
@@ -112,10 +112,6 @@ def _kills(
   after = " and ".join(f"{each:.3f} s" for each in delays)
   saves = f" after the saves of {steps} began" if in_save else ""
   return Interrupted(f"killed {after}{saves}", ends, _statuses(-9, 0))
-
-
-def _is_saving(checkpoints: Path, step: int) -> bool:
-  return any(checkpoints.glob(f"{step}.orbax-checkpoint-tmp*"))
 
 
 def kill_at_a_write(

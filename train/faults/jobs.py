@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax_mechanic.checkpoints import record
+from train.faults.bucket import NAME
 from train.faults.runs import Ended, Run
 
 STEPS = 40
@@ -36,11 +37,20 @@ class Job(NamedTuple):
     text: a config file and fields.
     processes: how many run it.
     workdir: its directory.
+    bucket: the folder of an emulated bucket that the directory is in, if any.
   """
 
   text: str
   processes: int
   workdir: Path
+  bucket: Path | None = None
+
+  @property
+  def address(self) -> str:
+    """What names its directory on a command line."""
+    if self.bucket is None:
+      return str(self.workdir)
+    return f"gs://{NAME}/{self.workdir.relative_to(self.bucket)}"
 
   @property
   def checkpoints(self) -> Path:
@@ -60,7 +70,7 @@ class Job(NamedTuple):
     ]
     return [
       f"--config={_ROOT / file}",
-      f"--workdir={self.workdir}",
+      f"--workdir={self.address}",
       *(f"--config.{field}" for field in [*common, *fields]),
     ]
 
@@ -88,9 +98,24 @@ class Job(NamedTuple):
     """Runs its processes until they end."""
     return [each.end() for each in self.start(**options)]
 
+  def is_saving(self, step: int) -> bool:
+    """Whether a step is being saved, as a command of `train` would find it."""
+    if self.bucket is None:
+      return any(self.checkpoints.glob(f"{step}.orbax-checkpoint-tmp*"))
+    return (self.checkpoints / str(step)).exists()
+
+  def _metrics(self) -> str:
+    if self.bucket is None:
+      return (self.workdir / "metrics.jsonl").read_text()
+    names = sorted(self.workdir.glob("metrics.jsonl.*"))
+    newest = names[-1].name.partition("-")[0] if names else ""
+    return "".join(
+      each.read_text() for each in names if each.name.startswith(newest)
+    )
+
   def numbers(self) -> Numbers:
     """Returns what it has computed; raises OSError or ValueError if nothing."""
-    lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
+    lines = self._metrics().splitlines()
     file = self.checkpoints / str(STEPS) / "record" / "metadata"
     arrays = record.unseal(json.loads(file.read_text()))["arrays"]
     return Numbers(

@@ -86,12 +86,14 @@ def plan(
   return [Trial(seed, number, cycle[number % len(cycle)]) for number in numbers]
 
 
-def make_reference(folder: Path, text: str, processes: int) -> Reference:
-  """Runs a job undisturbed."""
-  job = Job(text, processes, Path(tempfile.mkdtemp(dir=folder)) / "run")
+def make_reference(
+  folder: Path, text: str, processes: int, bucket: Path | None = None
+) -> Reference:
+  """Runs a job undisturbed, in a folder or a bucket."""
   # The second run has its programs in the compilation cache.
   for _ in range(2):
-    shutil.rmtree(job.workdir, ignore_errors=True)
+    parent = Path(tempfile.mkdtemp(dir=bucket or folder))
+    job = Job(text, processes, parent / "run", bucket)
     size, ends = interruptions.measure(job)
     if problem := judge.of_ends(ends, {0}):
       raise RuntimeError(f"{text}, undisturbed: {problem}")
@@ -101,7 +103,7 @@ def make_reference(folder: Path, text: str, processes: int) -> Reference:
 def run_trial(trial: Trial, reference: Reference) -> tuple[str, Verdict]:
   """Returns what was done, and what came of it."""
   rng, _ = trial.draw()
-  with tempfile.TemporaryDirectory() as folder:
+  with tempfile.TemporaryDirectory(dir=reference.job.bucket) as folder:
     job = reference.job._replace(workdir=Path(folder) / "run")
     if trial.kind in INTERRUPTIONS:
       return _interrupted(INTERRUPTIONS[trial.kind], job, reference, rng)
@@ -123,7 +125,7 @@ def _interrupted(
   said = "".join(f"{each.output}{each.error}" for each in again)
   if "damage" in said:
     return what, Verdict("other", f"no step was damaged: {said}")
-  intact = verify(job.workdir)
+  intact = verify(job.address)
   if intact.status != 0:
     return what, Verdict("other", f"{intact.output}{intact.error}")
   return what, judge.of_numbers(job, reference.numbers)

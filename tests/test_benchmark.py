@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from train.cost import measure, updates
+from train.cost import data, measure, updates
 from train.cost.updates import UPDATES
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -58,3 +58,15 @@ def test_compile_times_ask_no_cache():
   assert asked not in events
   jax.jit(lambda x: x * 3)(1.0)
   assert asked in events
+
+
+@pytest.mark.slow
+def test_text_of_two_sizes_is_measured(capsys, monkeypatch):
+  monkeypatch.setattr(data, "_STEPS", 2)
+  monkeypatch.setattr(
+    data, "_run", lambda folder: data._measure(folder) | {"memory": 1.0}
+  )
+  data.main(["1", "2"])
+  rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+  assert [row[1].strip() for row in rows] == ["MB", "---", "1", "2"]
+  assert {len(row) for row in rows} == {9}

@@ -123,6 +123,7 @@ def check_pip(words):
 TESTED_ELSEWHERE = (
   "train.benchmark",
   "train.faults",
+  "train.cost.data",
   "train.faults.gradients",
 )
 # Commands that take only folders, and how many.

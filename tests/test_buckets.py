@@ -1,7 +1,11 @@
 """Checkpoints in a bucket, which an emulator has on this machine."""
 
+import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +15,9 @@ import pytest
 import flax_mechanic
 from flax_mechanic import Checkpointer, UsageError
 from flax_mechanic.checkpoints import lock, storage
-from train import files
+from train import export, files, inspect, main, plot
+
+ROOT = Path(__file__).parent.parent
 
 TREE = {"params": {"w": jnp.arange(1000.0)}}
 
@@ -199,3 +205,83 @@ def test_what_is_logged_is_there_after_the_interval(
     time.sleep(0.05)
   assert files.log(path).read() == b"1\n"
   log.close()
+
+
+@pytest.mark.parametrize(
+  ("workdir", "status", "words"),
+  [
+    ("gs://gone/run", 0, "there is no such bucket"),
+    ("gs://test/run", 403, "there is no permission to do that"),
+    ("gs://test/run", 401, "it does not accept the credentials"),
+  ],
+)
+def test_what_a_bucket_refuses_is_one_sentence(
+  bucket, capsys, workdir, status, words
+):
+  config = f"--config={ROOT / 'configs' / 'digits.py'}"
+  if status:
+    bucket.fail(status=status)
+  try:
+    assert main.main([config, f"--workdir={workdir}"]) == 2
+  finally:
+    bucket.fail(0)
+  said = capsys.readouterr().err
+  assert said.startswith(f"error: --workdir={workdir} cannot be written: ")
+  assert words in said
+  assert said.count("\n") == 1
+
+
+def numbers(text):
+  rows = [json.loads(line) for line in text.splitlines()]
+  return [
+    {name: value for name, value in row.items() if name != "steps_per_second"}
+    for row in rows
+  ]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_in_a_bucket_as_in_a_folder(
+  bucket, tmp_path, monkeypatch, capsys
+):
+  """And it is inspected, plotted, exported and adopted there."""
+  monkeypatch.setattr(lock, "LEASE", 2.0)
+  run = f"gs://test/{tmp_path.name}"
+  folder = on_disk(bucket, run)
+  job = [
+    f"--config={ROOT / 'configs' / 'digits.py'}",
+    "--config.optimizer=mechanic",
+    "--config.num_steps=60",
+    "--config.schedule.warmup_steps=6",
+    "--config.log_every=5",
+    "--config.eval_every=20",
+    "--config.checkpoint_every=20",
+  ]
+
+  def said(command, *arguments):
+    assert command.main(arguments) == 0
+    return capsys.readouterr().out
+
+  said(main, *job, f"--workdir={tmp_path}/run")
+  killed = subprocess.Popen(
+    [sys.executable, "-m", "train.main", *job, f"--workdir={run}/run"],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+  )
+  with killed:
+    done = folder / "run/checkpoints/20/commit_success.txt"
+    while not done.exists() and killed.poll() is None:
+      time.sleep(0.01)
+    killed.kill()
+  resumed = said(main, *job, f"--workdir={run}/run")
+  assert "at step 20" in resumed or "at step 40" in resumed
+  log = files.log(storage.path(f"{run}/run/metrics.jsonl"))
+  expected = (tmp_path / "run/metrics.jsonl").read_text()
+  assert numbers((log.read() or b"").decode()) == numbers(expected)
+  assert "| 60 " in said(inspect, f"{run}/run")
+  said(plot, f"{run}/run")
+  assert (folder / "run/metrics.png").stat().st_size
+  said(export, f"{run}/run", f"{run}/model")
+  adopted = said(
+    main, *job, f"--workdir={run}/second", f"--config.init_from={run}/run"
+  )
+  assert f"starting from {run}/run/checkpoints/60" in adopted

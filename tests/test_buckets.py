@@ -155,6 +155,7 @@ def test_of_many_runs_one_gets_the_lock(bucket, folder, monkeypatch):
   monkeypatch.setattr(lock, "LEASE", 0.8)
   file_system = storage.file_system(storage.path(folder))
   file_system.pipe_file(f"{folder}/.lock/{7:012d}", b"of a killed run")
+  time.sleep(lock.LEASE)
   leases, errors = [], []
 
   def take():

@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -191,6 +192,18 @@ def _serve(folder: str) -> None:
         for generation in sent:
           super().send_header("x-goog-generation", generation)
       super().send_header(keyword, value)
+
+  def forget() -> None:
+    """Forgets objects whose files were deleted: it lists them all, slowly."""
+    objects = Path(folder) / ".cloudstorage" / NAME
+    while True:
+      time.sleep(5)
+      with lock:
+        known = storage.objects.get(NAME, {})
+        for name in [n for n in known if not (objects / n).is_file()]:
+          del known[name]
+
+  threading.Thread(target=forget, daemon=True).start()
 
   class Server(ThreadingHTTPServer):
     request_queue_size = 128

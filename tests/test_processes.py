@@ -245,7 +245,9 @@ def test_a_process_that_is_lost(tmp_path, lost):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_alone(tmp_path):
+def test_a_process_that_fails_alone(tmp_path, monkeypatch):
+  # jax warns of what does not fit into its cache.
+  monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "0")
   arguments = [*DIGITS, "--config.num_steps=100000", "--config.log_every=1"]
   started = start([tmp_path] * 2, 2, *arguments)
   # The first process writes the metrics.

@@ -119,12 +119,13 @@ def check_pip(words):
       assert {*found[1].split(",")} <= extras.keys(), word
 
 
-# By tests/test_benchmark.py and tests/test_guard.py.
+# By tests/test_benchmark.py, tests/test_guard.py and tests/test_supervise.py.
 TESTED_ELSEWHERE = (
   "train.benchmark",
   "train.faults",
   "train.cost.data",
   "train.faults.gradients",
+  "train.supervise",
 )
 # Commands that take only folders, and how many.
 FOLDERS = {"train.inspect": 1, "train.plot": 1, "train.export": 2}
@@ -145,6 +146,8 @@ def check_job(module, arguments):
     assert main(arguments) == 0
   elif module == "train.main":
     flags.parse(arguments)
+  elif module == "train.supervise":
+    flags.parse([each for each in arguments if "processes" not in each])
   elif module == "train.sweep":
     flags.read(arguments, ["config", "workdir"])
   elif module == "train.compile":

@@ -1,0 +1,130 @@
+"""The supervisor: when it restarts a job, and when it does not."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from train import supervise
+from train.supervise import Ended
+
+ROOT = pathlib.Path(__file__).parent.parent
+JOB = [
+  f"--config={ROOT / 'configs' / 'digits.py'}",
+  "--config.optimizer=mechanic",
+  "--config.model.widths=(16,)",
+  "--config.batch_size=32",
+]
+KILLED = Ended([-9, 75], {0: 9})
+
+
+def supervised(monkeypatch, folder, ends, *arguments, saves=()):
+  """Supervises a job whose starts end so; returns the status and the counts."""
+  left, counts = list(ends), []
+
+  def run(job, count, signals):
+    del job, signals
+    if len(counts) in saves:
+      step = folder / "checkpoints" / str(10 * (len(counts) + 1))
+      step.mkdir(parents=True)
+    counts.append(count)
+    return left.pop(0)
+
+  monkeypatch.setattr(supervise, "_run", run)
+  own = ["--processes=4", f"--workdir={folder}", *arguments]
+  return supervise.main([*own, *JOB]), counts
+
+
+@pytest.mark.parametrize(
+  ("end", "status", "starts"),
+  [
+    (Ended([0, 0], {}), 0, 1),
+    (Ended([2, 2], {}), 2, 1),
+    (Ended([75, 2], {}), 2, 1),
+    (Ended([1, 75], {}), 1, 1),
+    (Ended([75, 75], {}), 0, 2),
+    (KILLED, 0, 2),
+    (Ended([1, -11], {1: 11}), 0, 2),
+  ],
+)
+def test_what_restarts(monkeypatch, tmp_path, end, status, starts):
+  ends = [end, Ended([0, 0], {})]
+  found, counts = supervised(monkeypatch, tmp_path, ends)
+  assert (found, counts) == (status, [4] * starts)
+
+
+def test_restarts_in_vain_end(monkeypatch, tmp_path, capsys):
+  more = ["--max_restarts=2", "--min_processes=2"]
+  status, counts = supervised(
+    monkeypatch, tmp_path, [KILLED] * 9, *more, saves=[1]
+  )
+  assert (status, counts) == (2, [4, 2, 2, 2, 2])
+  *_, error = capsys.readouterr().err.splitlines()
+  assert error.startswith("error: process 0 was ended by SIGKILL, and 2 ")
+
+
+def test_places_are_the_supervisor_s_to_give(tmp_path, capsys):
+  places = ["--coordinator=a:1", "--num_processes=2", "--process_id=0"]
+  own = ["--processes=2", f"--workdir={tmp_path}"]
+  assert supervise.main([*own, *JOB, *places]) == 2
+  assert "leave them out" in capsys.readouterr().err
+
+
+def children(process):
+  file = f"/proc/{process.pid}/task/{process.pid}/children"
+  return [int(word) for word in pathlib.Path(file).read_text().split()]
+
+
+def running(pid):
+  return pathlib.Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_process_and_then_a_killed_supervisor(tmp_path):
+  more = ["--config.num_steps=100000", "--config.log_every=1"]
+  more += ["--config.checkpoint_every=10", "--processes=2"]
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-m", "train.supervise", f"--workdir={tmp_path}"),
+      *(*JOB, *more),
+    ],
+    cwd=ROOT,
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+  def wait_for(step):
+    log = tmp_path / "metrics.jsonl"
+    last = 0
+    while last < step:
+      assert process.poll() is None
+      time.sleep(0.1)
+      lines = log.read_text().splitlines() if log.exists() else []
+      last = json.loads(lines[-1])["step"] if lines else 0
+    return last
+
+  wait_for(20)
+  first = children(process)
+  os.kill(first[1], signal.SIGKILL)
+  # Process 0 may say so before, and jax as well.
+  while "restarting" not in (line := process.stderr.readline()):
+    assert line
+  assert line.startswith("process 1 was ended by SIGKILL; restarting with 2 ")
+  wait_for(int(line.split()[-1]) + 20)
+  second = children(process)
+  assert len(second) == 2
+  assert not {*first} & {*second}
+  process.kill()
+  process.communicate(timeout=20)
+  deadline = time.monotonic() + 5
+  while any(map(running, second)) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  assert not any(map(running, second))

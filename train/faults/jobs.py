@@ -38,12 +38,14 @@ class Job(NamedTuple):
     processes: how many run it.
     workdir: its directory.
     bucket: the folder of an emulated bucket that the directory is in, if any.
+    steps: how many it takes.
   """
 
   text: str
   processes: int
   workdir: Path
   bucket: Path | None = None
+  steps: int = STEPS
 
   @property
   def address(self) -> str:
@@ -61,7 +63,7 @@ class Job(NamedTuple):
     """Returns the command line of a lone process."""
     file, *fields = shlex.split(self.text)
     common = [
-      f"num_steps={STEPS}",
+      f"num_steps={self.steps}",
       f"checkpoint_every={EVERY}",
       "log_every=1",
       "eval_every=20",
@@ -116,7 +118,7 @@ class Job(NamedTuple):
   def numbers(self) -> Numbers:
     """Returns what it has computed; raises OSError or ValueError if nothing."""
     lines = self._metrics().splitlines()
-    file = self.checkpoints / str(STEPS) / "record" / "metadata"
+    file = self.checkpoints / str(self.steps) / "record" / "metadata"
     arrays = record.unseal(json.loads(file.read_text()))["arrays"]
     return Numbers(
       [

@@ -25,9 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from train import flags
 from train.command import failed
@@ -97,7 +97,7 @@ def _count(text: str) -> int:
 
 
 def _supervise(
-  job: Sequence[str], counts: range, most: int, checkpoints: Path
+  job: Sequence[str], counts: range, most: int, checkpoints: Any
 ) -> int:
   """Runs a job until it ends for good, and returns its exit status.
 
@@ -142,12 +142,16 @@ def _supervise(
       )
 
 
-def _newest(checkpoints: Path) -> int:
+def _newest(checkpoints: Any) -> int:
   """Returns the last step that has been saved; 0 if there is none."""
   if not checkpoints.is_dir():
     return 0
-  steps = [path.name for path in checkpoints.iterdir()]
-  return max((int(name) for name in steps if name.isdecimal()), default=0)
+  steps = [
+    int(path.name)
+    for path in checkpoints.iterdir()
+    if path.name.isdecimal() and storage.is_complete(path)
+  ]
+  return max(steps, default=0)
 
 
 def _why(ended: Ended) -> str:

@@ -90,7 +90,7 @@ def check(words):
     (inner,) = [w for w in words if w.startswith("--command=")]
     for command in commands(inner.removeprefix("--command=")):
       check(command)
-  elif words[0] == "srun":
+  elif words[0] in ("srun", "docs/pods/restart.sh"):
     check(words[words.index("python") :])
   elif words[:2] == ["pip", "install"]:
     check_pip(words[2:])

@@ -49,7 +49,12 @@ SHORT_SWEEP = {
   "evaluations": "2",
 }
 # Values for what the reader fills in.
-FILLED = {"HOST:PORT": "localhost:1234", "N": "2", "I": "0"}
+FILLED = {
+  "HOST:PORT": "localhost:1234",
+  "N": "2",
+  "I": "0",
+  "gs://BUCKET/run": "DIR",  # Which is looked for.
+}
 
 
 def commands(text):
@@ -79,7 +84,7 @@ def shown(page):
 
 
 def fill(words):
-  """Returns words with values for HOST:PORT, N and I."""
+  """Returns words with values for what a user fills in."""
   split = [word.partition("=") for word in words]
   return [name + eq + FILLED.get(value, value) for name, eq, value in split]
 

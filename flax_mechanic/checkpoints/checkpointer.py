@@ -126,12 +126,15 @@ class Checkpointer:
     except (ValueError, TypeError, RecursionError) as error:
       if self._lock is not None:
         self._lock.release()
-      if trouble(self.directory, error):
-        raise failure(self.directory, "cannot be read", error) from error
-      raise UsageError(
-        f"{self.directory} cannot be opened ({first_line(error)}); if the "
-        "_CHECKPOINT_METADATA of a step is damaged, delete that file"
-      ) from error
+      problem = (
+        failure(self.directory, "cannot be read", error)
+        if trouble(self.directory, error)
+        else UsageError(
+          f"{self.directory} cannot be opened ({first_line(error)}); if the "
+          "_CHECKPOINT_METADATA of a step is damaged, delete that file"
+        )
+      )
+      raise problem from error
 
   def latest(self) -> int | None:
     """Returns the newest step, or None.

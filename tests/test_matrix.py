@@ -15,6 +15,11 @@ from tests import optimizers
 from train.tasks import make_task
 
 STEPS = 200
+# One row of each way to be built.
+QUICK = [
+  *("mechanic", "adamw", "muon", "prodigy", "cocob", "momo", "dog"),
+  *("sam", "schedule_free", "dpsgd"),
+]
 
 
 @dataclasses.dataclass
@@ -83,16 +88,18 @@ def dtypes(state):
   return [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
+def cases(make_job, quick):
+  """Yields a case for each row; those that are not quick are slow."""
+  for name in optimizers.NAMES:
+    marks = () if name in quick else pytest.mark.slow
+    yield pytest.param(name, make_job, marks=marks)
+
+
 @pytest.mark.parametrize(
   ("name", "make_job"),
   [
-    *((name, nnx_job) for name in optimizers.NAMES),
-    ("mechanic", linen_job),
-    *(
-      pytest.param(name, linen_job, marks=pytest.mark.slow)
-      for name in optimizers.NAMES
-      if name != "mechanic"
-    ),
+    *cases(nnx_job, QUICK),
+    *cases(linen_job, ["mechanic"]),
   ],
 )
 def test_trains_compiles_once_keeps_dtypes_and_resumes(

@@ -275,7 +275,10 @@ def test_every_leaf_stays_where_it_belongs(
   assert losses == pytest.approx(losses_of_one_device(name), rel=1e-5)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "axis_type",
+  [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+)
 def test_outside_of_the_mesh_s_context(axis_type):
   devices = make_mesh(axis_type)
   with jax.set_mesh(devices):
@@ -319,7 +322,9 @@ def test_an_annotated_scalar_is_known():
   assert list(optimizer.shardings.by_path) == ["scale"]
 
 
-@pytest.mark.parametrize("make", [Optimizer, TrainState])
+@pytest.mark.parametrize(
+  "make", [pytest.param(Optimizer, marks=pytest.mark.slow), TrainState]
+)
 def test_offloads_from_one_device_too(make):
   params, tx = {"w": jnp.ones((4, 3))}, make_tx("mechanic")
   if make is Optimizer:

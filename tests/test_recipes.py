@@ -185,9 +185,8 @@ FAST = {
   "bare_optax.tx": ["mechanic"],
   "dataclass_config.tx": ["mechanic"],
   "gemma.full": ["mechanic"],
-  "imagenet.full": ["mechanic"],
   "mnist.full": ["mechanic", "momo", "sam"],
-  "vae.full": ["mechanic", "momo", "sam"],
+  "vae.full": ["mechanic"],
 }
 
 

@@ -19,7 +19,7 @@ DONE = f"done at step {STEPS}: eval/loss 1\n"
 @pytest.mark.slow
 def test_some_trials():
   process = subprocess.run(
-    [sys.executable, "-m", "train.faults", "--trials=10", "--seed=1"],
+    [sys.executable, "-m", "train.faults", "--trials=6", "--seed=1"],
     cwd=ROOT,
     capture_output=True,
     text=True,

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -525,7 +524,6 @@ def test_inspect(folder, capsys):
   assert capsys.readouterr().err.count("error: ") == 2
 
 
-KILLS = 3
 JOB = [
   *(sys.executable, "-m", "train.main", "--config=configs/digits.py"),
   *("--config.optimizer=mechanic", "--config.model.widths=(16,)"),
@@ -551,45 +549,6 @@ def run(workdir, *arguments, limit="unlimited"):
     stderr=subprocess.PIPE,
     text=True,
   )
-
-
-def metrics(workdir):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [
-    {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
-    for line in lines
-  ]
-
-
-@pytest.mark.slow
-def test_kills_at_any_instant(tmp_path):
-  rng = np.random.default_rng(0)
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  steps = "--config.num_steps=2000"
-  process = run(whole, steps)
-  process.communicate()
-  assert process.returncode == 0
-  kills = 0
-  while kills < KILLS:
-    process = run(cut, steps)
-    log = cut / "metrics.jsonl"
-    before = log.read_bytes() if log.exists() else b""
-    while process.poll() is None and (
-      not log.exists() or log.read_bytes() == before
-    ):
-      time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.3))
-    if process.poll() is not None:
-      break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kills += 1
-  assert kills == KILLS
-  process = run(cut, steps)
-  output, error = process.communicate()
-  assert process.returncode == 0, error
-  assert "damaged" not in output + error
-  assert metrics(cut) == metrics(whole)
 
 
 @pytest.mark.slow

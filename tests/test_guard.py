@@ -99,6 +99,22 @@ def test_a_size_that_stays_is_the_usual_one(value):
   assert skipped([*GOOD, *later, 100 * value])[-1] == 80
 
 
+@pytest.mark.parametrize("before", [0, 1, 10])
+def test_a_spike_while_sizes_change_is_not_what_they_change_to(before):
+  larger = [10 * norm for norm in GOOD * 3]
+  spike = [*GOOD, *larger[:before], 1e6, *larger[before:], 1e6, *GOOD]
+  # The 24 gradients before it lasts, the spike among them, and a later spike.
+  assert skipped(spike) == [*range(20, 45), 81]
+
+
+def test_bad_gradients_come_together():
+  assert skipped([*GOOD, 6.0, *GOOD]) == []
+  assert skipped([*GOOD, 50.0, 6.0, *GOOD]) == [20, 21]
+  assert skipped([*GOOD, np.nan, 6.0, 1.0, 6.0, *GOOD]) == [20, 21]
+  # What is usual is accepted after it, too.
+  assert skipped([*GOOD, 50.0, 3.0, *GOOD]) == [20]
+
+
 def test_gradients_that_are_not_finite_are_no_size_that_stays():
   norms = [*GOOD, *[np.nan] * 100, 1e6, 1.0]
   assert skipped(norms) == list(range(20, 121))

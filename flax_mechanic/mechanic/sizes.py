@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 
 # A spike is so many times as large as the largest gradient of late; among the
-# first gradients, when little is known, up to so many times more.
+# first gradients, when little is known, up to so many times more. Bad gradients
+# often come together, so right after one less is enough.
 FACTOR = 4.0
 YOUNG = 10
+_AFTER_BAD = 2.0
 # Of late: the largest size is forgotten at this rate.
 _DECAY = 0.97
 # Parts of the gradient vary more than the whole: the factor is twice as large
@@ -16,10 +18,11 @@ _DECAY = 0.97
 # whatever its own size was.
 _OF_PART = 2.0
 _PART = 0.1
-# The first gradients were bad if a later one is so many times smaller than the
-# smallest of them.
-_RESTART = 50.0
-# So many unusual gradients in a row are a lasting change. A gradient is
+# Sizes so many times apart have nothing to do with each other: the first
+# gradients were bad if a later one is so much smaller than all of them, and
+# unusual ones are of the same change if they are closer to each other.
+_APART = 50.0
+# So many unusual gradients of one change are a lasting one. A gradient is
 # unusually small if it is so many times smaller than the smallest of late;
 # where gradients vanish bit by bit, as on data that is memorized, none is.
 _LASTING = 25
@@ -34,8 +37,9 @@ class Sizes(NamedTuple):
       whole gradient, and those of its parts (leaves or groups of them); 0 where
       none was above 0 yet.
     least: the smallest norm of the whole of late, scalar.
-    pending: the largest norms since the sizes are unusual, like `peak`.
-    unusual: int32 scalar, how many in a row were unusual.
+    pending: the largest norms of a change that may last, like `peak`.
+    unusual: int32 scalar, how many gradients were of that change, since the
+      last one that was not unusual.
     young: int32 scalar, how many gradients are still to come that count as the
       first ones.
     skipped: int32 scalar, gradients skipped so far.
@@ -94,8 +98,9 @@ def judge(
   - So is a spike: the norm of the whole is more than `factor` times the largest
     one of late, or that of a part is more than twice as many times. A bad
     gradient does not change what is known, so that any number of them is told
-    from good ones. But after 25 unusual gradients in a row, the size that they
-    have is the usual one.
+    from good ones. But after 25 unusual gradients without a usual one between
+    them, that are less than 50 times apart, their size is the usual one. Right
+    after a bad gradient, half of `factor`'s default is enough for a spike.
   - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
@@ -117,18 +122,28 @@ def judge(
   norm, peak = norms[0], state.peak[0]
   finite = jnp.isfinite(norm) & finite
   judged = finite & (norm > 0) & (jnp.asarray(factor) > 0)
-  factors = jnp.full_like(norms, _OF_PART).at[0].set(1.0) * factor
+  after_bad = jnp.where(state.skipped_in_a_row > 0, _AFTER_BAD, jnp.inf)
+  factors = jnp.full_like(norms, _OF_PART).at[0].set(1.0)
+  factors *= jnp.minimum(factor, after_bad)
   limits = factors * (1 + state.young) * state.peak
   is_spike = judged & jnp.any(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
   is_young = (state.young > 0) & may_restart
-  restart = judged & is_young & (_RESTART * norm < state.least)
+  restart = judged & is_young & (_APART * norm < state.least)
   is_small = judged & (_SMALL * norm < state.least)
 
-  unusual = jnp.where(is_spike | is_small, state.unusual + 1, 0)
-  pending = jnp.maximum(norms, jnp.where(unusual > 1, state.pending, 0.0))
-  lasting = unusual >= _LASTING
+  # A spike while sizes change, such as one before it, is not of the change.
+  begins = (state.unusual == 0) | (_APART * norm < state.pending[0])
+  belongs = begins | (norm < _APART * state.pending[0])
+  unusual = jnp.where(begins, 1, state.unusual + belongs)
+  unusual = jnp.where(is_spike | is_small, unusual, 0)
+  pending = jnp.where(
+    begins,
+    norms,
+    jnp.where(belongs, jnp.maximum(norms, state.pending), state.pending),
+  )
+  lasting = belongs & (unusual >= _LASTING)
   ok = finite & ~restart & (~is_spike | lasting)
   # Unless zeros come first, of which nothing follows.
   known = (norm > 0) | (peak > 0)

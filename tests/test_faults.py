@@ -101,6 +101,7 @@ def test_flipped_bits_are_harmless_or_detected(saved, tmp_path, seed):
   assert counts.keys() <= {"harmless", "detected"}
 
 
+@pytest.mark.slow
 def test_every_file_truncated_or_gone(saved, tmp_path):
   counts = {}
   for path in files(saved / "2"):

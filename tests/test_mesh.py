@@ -213,19 +213,15 @@ def test_the_loss_of_one_device_on_every_mesh(job, sizes, axis_type):
   assert {each.axis_types[0].name.lower() for each in shardings} == {axis_type}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("shard", "offload", "axis_type"),
   [
+    # Every pair of values.
     (True, True, "auto"),
-    *(
-      # With the first every pair of values.
-      pytest.param(*each, marks=pytest.mark.slow)
-      for each in (
-        (False, False, "auto"),
-        (False, True, "explicit"),
-        (True, False, "explicit"),
-      )
-    ),
+    (False, False, "auto"),
+    (False, True, "explicit"),
+    (True, False, "explicit"),
   ],
 )
 def test_where_the_optimizer_s_state_lies(shard, offload, axis_type):
@@ -295,6 +291,7 @@ def test_stacked_and_recomputed_layers(field, dropout):
     assert losses == pytest.approx(run(plain)[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_stacked_layers_compute_what_separate_ones_do():
   config = make_config(data=1)
   config.model.num_layers = 2

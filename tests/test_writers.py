@@ -146,6 +146,7 @@ def test_tensorboard_kinds(tmp_path):
   assert "_hparams_/experiment" not in values
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_a_job(tmp_path):
   pytest.importorskip("tensorboardX")
   config = text.get_config("tiny")

@@ -271,6 +271,21 @@ def on_device(tree: Any) -> Any:
   )
 
 
+def axes_of(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+  """Returns, for each dimension of an array, the mesh's axes that split it.
+
+  Example:
+    >>> mesh = jax.make_mesh((2,), ("data",))
+    >>> axes_of(NamedSharding(mesh, P("data")), ndim=2)
+    [('data',), ()]
+  """
+  entries = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+  return [
+    entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    for entry in entries
+  ]
+
+
 def is_traced(tree: Any) -> bool:
   """Whether a leaf of the tree is being traced."""
   return any(
@@ -297,8 +312,7 @@ def _split_over(
   sharding: NamedSharding, shape: tuple[int, ...], axes: Sequence[str]
 ) -> NamedSharding:
   mesh = sharding.mesh
-  dims = [_names(entry) for entry in sharding.spec]
-  dims += [()] * (len(shape) - len(dims))
+  dims = axes_of(sharding, len(shape))
   taken = {name for names in dims for name in names}
   more = tuple(a for a in axes if a in mesh.shape and a not in taken)
   for i, (size, names) in enumerate(zip(shape, dims, strict=True)):
@@ -332,13 +346,6 @@ def _is_on_host(leaf: Any) -> bool:
     isinstance(leaf, jax.Array)
     and jax.typeof(leaf).memory_space == jax.memory.Space.Host
   )
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-  """Returns the axes that an entry of a spec names."""
-  if entry is None:
-    return ()
-  return entry if isinstance(entry, tuple) else (entry,)
 
 
 def _place(leaf: Any, sharding: NamedSharding | None) -> Any:

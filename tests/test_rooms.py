@@ -39,6 +39,7 @@ ROOMS = (
   "flax_mechanic.checkpoints.renamed",
   "flax_mechanic.checkpoints.lock",
   "flax_mechanic.checkpoints.storage",
+  "flax_mechanic.checkpoints.replicas",
   "flax_mechanic.checkpoints.arrays",
   "flax_mechanic.checkpoints.record",
   "flax_mechanic.checkpoints.retention",

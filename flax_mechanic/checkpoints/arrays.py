@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from flax_mechanic.checkpoints import replicas
 from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.checkpoints.storage import files, trouble
 from flax_mechanic.errors import UsageError
@@ -90,28 +91,39 @@ class SavedArrays:
     missing = wanted.keys() - self.shapes.keys()
     if missing:
       raise DamageError(f"{_listed(missing)} of {self._name} is missing")
-    target = jax.tree_util.tree_map_with_path(
-      lambda path, saved: (
-        _as_saved(saved, wanted[leaf_path(path)])
-        if leaf_path(path) in wanted
-        else ocp.PLACEHOLDER
-      ),
-      self._tree,
-    )
-    tree = read_on_all(
-      self._name,
-      lambda: self._handler.restore(
-        self._folder,
-        args=ocp.args.PyTreeRestore(
-          item=target,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        ),
-      ),
-      self._folder,
-    )
-    arrays = {
-      path: leaf for path, leaf in by_path(tree).items() if path in wanted
+    # In one order on all processes.
+    saved = {
+      path: leaf for path, leaf in by_path(self._tree).items() if path in wanted
     }
+    targets = {
+      path: _as_saved(leaf, wanted[path]) for path, leaf in saved.items()
+    }
+    dealt = replicas.deal(
+      targets,
+      {path: _chunk(leaf, wanted[path]) for path, leaf in saved.items()},
+    )
+    here = targets | {
+      path: _on(replica, targets[path]) for path, (_, replica) in dealt.items()
+    }
+    target = jax.tree_util.tree_map_with_path(
+      lambda path, _: here.get(leaf_path(path), ocp.PLACEHOLDER), self._tree
+    )
+    read = by_path(
+      read_on_all(
+        self._name,
+        lambda: self._handler.restore(
+          self._folder,
+          args=ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+          ),
+        ),
+        self._folder,
+      )
+    )
+    arrays = {path: read.pop(path) for path in saved}
+    for path, (blocks, _) in dealt.items():
+      arrays[path] = blocks.share(targets[path], arrays.pop(path))
     if descriptions is not None:
       found = describe(arrays, checksums(arrays))
       wrong = [path for path in found if found[path] != descriptions.get(path)]
@@ -255,6 +267,20 @@ def _as_saved(saved: Any, wanted: Any) -> Any:
   is_key = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
   dtype = wanted.dtype if is_key else getattr(saved, "dtype", wanted.dtype)
   return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=sharding)
+
+
+def _chunk(saved: Any, wanted: Any) -> Sequence[int] | None:
+  """Returns the shape of an array's chunks, if it is known."""
+  if tuple(getattr(saved, "shape", ())) != jnp.shape(wanted):
+    return None  # Reading it will fail.
+  return getattr(getattr(saved, "storage", None), "chunk_shape", None)
+
+
+def _on(replica: jax.sharding.Sharding, array: Any) -> Any:
+  """Returns what to read of an array here, if this process is to read it."""
+  if not replica.addressable_devices:
+    return ocp.PLACEHOLDER
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replica)
 
 
 def _listed(paths: Collection[str]) -> str:

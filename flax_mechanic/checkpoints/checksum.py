@@ -47,7 +47,12 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def _automatic(array: jax.Array) -> jax.Array:
-  """Returns an array on Auto axes, where a sum's sharding need not be given."""
+  """Returns an array on Auto axes, where a sum's sharding need not be given.
+
+  Of random keys, which jax does not move on several processes (0.12), the data.
+  """
+  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    array = jax.random.key_data(array)
   sharding = array.sharding
   if not isinstance(sharding, NamedSharding):
     return array
@@ -91,8 +96,6 @@ def _sum(words: jax.Array, alone: bool) -> tuple[jax.Array, jax.Array]:
 
 def _words(array: jax.Array) -> jax.Array:
   """Returns the bits of an array, each element as one or more uint32."""
-  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-    array = jax.random.key_data(array)
   if jnp.issubdtype(array.dtype, jnp.complexfloating):
     array = jnp.stack([array.real, array.imag], -1)
   if array.dtype == jnp.bool_:

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ _COMMITTED, _DAMAGED = "commit_success.txt", "damaged.txt"
 # How often TensorStore repeats a request, as often as gcsfs does, which takes
 # half a minute; by itself it does so for a quarter of an hour.
 _RETRIES = 6
+# The largest gap that is read, in bytes.
+_GAP = "experimental_read_coalescing_threshold_bytes"
 # What a client's error means -> the words that it has.
 _TROUBLES = (
   (
@@ -322,6 +324,24 @@ def _connect(scheme: str) -> None:
     context = getattr(tensorstore_utils, name, {})
     for service in ("gcs", "s3"):
       context[f"{service}_request_retries"] = {"max_retries": _RETRIES}
+  tensorstore_utils._build_ocdbt_kvstore_tspec = functools.partial(
+    _spec, tensorstore_utils._build_ocdbt_kvstore_tspec
+  )
+
+
+def _spec(
+  build: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any
+) -> Any:
+  """Returns the spec that Orbax builds, with TensorStore's own largest gap.
+
+  Orbax (0.12.8) has TensorStore read the bytes between two chunks of a file, up
+  to a megabyte, to save a request. Where chunks are smaller, several requests
+  read the same ones, and more so the more devices have written them.
+  """
+  spec = build(*args, **kwargs)
+  if _GAP in spec:
+    spec[_GAP] = 4095
+  return spec
 
 
 def _refuse(path: Path, kind: str) -> None:

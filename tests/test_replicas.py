@@ -1,0 +1,132 @@
+"""What one process reads and shares with the others, which have the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flax_mechanic import Checkpointer
+from flax_mechanic.checkpoints import storage
+from train.faults.bucket import Bucket
+
+ROOT = Path(__file__).parent.parent
+FOLDER = "gs://test/replicas"
+# Name -> shape, dtype, and how it is split over data and fsdp.
+ARRAYS = {
+  "replicated": ((1024, 512), "float32", P()),
+  "fsdp": ((1024, 512), "float32", P("fsdp")),
+  "data": ((1024, 512), "float32", P(None, "data")),
+  "both": ((1024, 512), "float32", P(None, ("fsdp", "data"))),
+  "offloaded": ((1024, 512), "float32", P("data")),
+  "odd": ((7, 3), "bfloat16", P()),
+  "scalar": ((), "float32", P()),
+  "bool": ((16,), "bool", P()),
+  "int8": ((5,), "int8", P()),
+  "int4": ((8,), "int4", P()),
+  "complex": ((4, 3), "complex64", P("fsdp")),
+}
+
+
+def bits():
+  """Returns name -> array of random bits: NaNs, denormals and -0.0 as well."""
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for name, (shape, dtype, _) in ARRAYS.items():
+    dtype = np.dtype(dtype)
+    words = rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
+    words &= {"bool": 1, "int4": 7}.get(dtype.name, 255)
+    arrays[name] = words.view(dtype).reshape(shape)
+  return arrays
+
+
+def placed(mesh):
+  """Returns the same as arrays on a mesh, and what else a state may hold."""
+  state = {"number": 3}
+  for name, array in bits().items():
+    kind = "pinned_host" if name == "offloaded" else "device"
+    sharding = NamedSharding(mesh, ARRAYS[name][2], memory_kind=kind)
+    state[name] = jax.make_array_from_callback(
+      array.shape, sharding, array.__getitem__
+    )
+  make_key = jax.jit(jax.random.key, out_shardings=NamedSharding(mesh, P()))
+  return state | {"key": make_key(1)}
+
+
+def same(found, wanted):
+  """Whether each shard of an array has the bits and the place it should."""
+  if not isinstance(wanted, jax.Array):
+    return found == wanted
+  data = lambda each: np.asarray(
+    jax.random.key_data(each)
+    if jax.dtypes.issubdtype(each.dtype, jax.dtypes.prng_key)
+    else each
+  )
+  return found.sharding == wanted.sharding and all(
+    data(one.data).tobytes() == data(other.data).tobytes()
+    for one, other in zip(
+      found.addressable_shards, wanted.addressable_shards, strict=True
+    )
+  )
+
+
+def restore(port, i):
+  """Restores as one of two processes; prints how often each byte was served."""
+  jax.distributed.initialize(f"localhost:{port}", 2, i)
+  server = Bucket(Path(), os.environ["STORAGE_EMULATOR_HOST"])
+  wait = multihost_utils.sync_global_devices
+  ratios = {}
+  for kind in (AxisType.Auto, AxisType.Explicit):
+    state = placed(jax.make_mesh((2, 4), ("data", "fsdp"), (kind,) * 2))
+    for name in ("alone", f"together, {kind}"):
+      folder = f"{FOLDER}/{name}"
+      if name != "alone":
+        with Checkpointer(folder) as checkpointer:
+          checkpointer.save(1, state)
+      with Checkpointer(folder, read_only=True) as checkpointer:
+        wait("begin")
+        server.served()
+        wait("restore")
+        restored = checkpointer.restore(state).state
+        wait("end")
+        served = server.served() if i == 0 else 0
+      wrong = [each for each in state if not same(restored[each], state[each])]
+      assert not wrong, wrong
+      files = storage.files(storage.path(folder) / "1")
+      ratios[name, str(kind)] = served / sum(size for _, size in files)
+  print(json.dumps(list(ratios.items())))
+
+
+@pytest.mark.slow
+def test_each_byte_is_read_once(bucket):
+  with Checkpointer(f"{FOLDER}/alone") as checkpointer:
+    state = {name: jnp.asarray(each) for name, each in bits().items()}
+    checkpointer.save(1, state | {"key": jax.random.key(1), "number": 3})
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  code = "from tests import test_replicas; test_replicas.restore({}, {})"
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-c", code.format(port, i)],
+      cwd=ROOT,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  outputs = [process.communicate(timeout=300)[0] for process in started]
+  assert [process.returncode for process in started] == [0, 0]
+  ratios = json.loads(outputs[0].splitlines()[-1])
+  assert len(ratios) == 4
+  assert max(ratio for _, ratio in ratios) < 1.2, ratios

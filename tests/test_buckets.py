@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import flax_mechanic
 from flax_mechanic import Checkpointer, UsageError
@@ -119,6 +120,22 @@ def test_a_bucket_that_cannot_be_used_is_no_damage(bucket, folder, monkeypatch):
         checkpointer.restore(TREE)
       bucket.fail(0)
     assert checkpointer.restore(TREE).step == 2
+
+
+def test_what_is_between_two_chunks_is_not_read(bucket, folder, monkeypatch):
+  rng = np.random.default_rng(0)
+  arrays = {f"{i}": rng.random(2**13) for i in range(16)}
+  with Checkpointer(folder) as checkpointer:
+    checkpointer.save(1, arrays)
+    checkpointer.wait()
+    bucket.served()
+    half = {name: arrays[name] for name in list(arrays)[::2]}
+    checkpointer.restore(half, part=True)
+  assert bucket.served() < 0.6 * 2**20
+  gap = storage._GAP
+  monkeypatch.setattr(storage, "_GAP", "")
+  spec = tensorstore_utils._build_ocdbt_kvstore_tspec(folder)
+  assert spec[gap] == 1_000_000  # If not, `storage._spec` can go.
 
 
 def test_there_is_no_such_bucket(bucket):

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mechanic import Checkpointer
-from flax_mechanic.checkpoints import storage
+from flax_mechanic.checkpoints import replicas, storage
 from train.faults.bucket import Bucket
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +104,53 @@ def restore(port, i):
       files = storage.files(storage.path(folder) / "1")
       ratios[name, str(kind)] = served / sum(size for _, size in files)
   print(json.dumps(list(ratios.items())))
+
+
+@pytest.mark.parametrize("spec", [P(), P("fsdp"), P("data"), P(None, "fsdp")])
+@pytest.mark.parametrize("chunk", [(16, 8), (8, 8), (2, 8), (16, 1), (5, 8)])
+def test_each_chunk_is_of_one_block_that_one_device_reads(
+  monkeypatch, spec, chunk
+):
+  mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+  sharding = NamedSharding(mesh, spec)
+  array = jax.ShapeDtypeStruct((16, 8), "float32", sharding=sharding)
+  assert replicas.deal({"w": array}, {"w": chunk}) == {}  # One process.
+  # As if each row of the mesh were of a process.
+  row = lambda mesh: np.reshape(np.arange(8) // 4, mesh.devices.shape)
+  monkeypatch.setattr(replicas, "_homes", row)
+  dealt = replicas.deal({"w": array}, {"w": chunk})
+  if spec == P("data") and chunk in ((8, 8), (2, 8)):
+    assert dealt == {}
+    return
+  blocks, _ = dealt["w"]
+  for share in (0, 0.5, 0.99):
+    readers = np.zeros(array.shape, int)
+    owners = np.zeros(array.shape, int)
+    read = blocks.replica(share).devices_indices_map(array.shape)
+    for device, index in read.items():
+      readers[index] += 1
+      owners[index] = device.id
+    np.testing.assert_array_equal(readers, 1)
+    for row in range(0, 16, chunk[0]):
+      for column in range(0, 8, chunk[1]):
+        part = owners[row : row + chunk[0], column : column + chunk[1]]
+        assert np.unique(part).size == 1
+  # As many devices read as there are chunks, if there are as many.
+  chunks = 16 // chunk[0] * (8 // chunk[1])
+  assert len(read) == (1 if chunk[0] == 5 else min(chunks, 8))
+
+
+def test_devices_read_as_much(monkeypatch):
+  mesh = jax.make_mesh((8,), ("data",))
+  homes = lambda mesh: np.reshape(np.arange(8), mesh.devices.shape)
+  monkeypatch.setattr(replicas, "_homes", homes)
+  array = jax.ShapeDtypeStruct(
+    (4,), "float32", sharding=NamedSharding(mesh, P())
+  )
+  names = [f"{i}" for i in range(16)]
+  dealt = replicas.deal(dict.fromkeys(names, array), dict.fromkeys(names))
+  readers = [min(read.device_set).id for _, read in dealt.values()]
+  assert readers == [i // 2 for i in range(16)]
 
 
 @pytest.mark.slow

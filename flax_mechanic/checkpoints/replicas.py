@@ -44,7 +44,6 @@ class Blocks(NamedTuple):
     sharding = getattr(array, "sharding", None)
     if (
       not isinstance(sharding, NamedSharding)
-      or sharding.is_fully_addressable
       or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
       or jax.dtypes.itemsize_bits(array.dtype) < 8
     ):

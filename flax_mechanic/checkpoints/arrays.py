@@ -72,7 +72,8 @@ class SavedArrays:
   ) -> dict[str, Any]:
     """Reads arrays, each straight into its placement, and nothing else.
 
-    Of several processes all have to call it with the same paths.
+    Of several processes all have to call it with the same paths. What more than
+    one of them holds, one reads and shares.
 
     Args:
       wanted: path -> an array, or its shape, dtype and sharding. Only a random
@@ -102,26 +103,10 @@ class SavedArrays:
       targets,
       {path: _chunk(leaf, wanted[path]) for path, leaf in saved.items()},
     )
-    here = targets | {
-      path: _on(replica, targets[path]) for path, (_, replica) in dealt.items()
-    }
-    target = jax.tree_util.tree_map_with_path(
-      lambda path, _: here.get(leaf_path(path), ocp.PLACEHOLDER), self._tree
+    arrays = self._restore(
+      targets
+      | {path: _on(each, targets[path]) for path, (_, each) in dealt.items()}
     )
-    read = by_path(
-      read_on_all(
-        self._name,
-        lambda: self._handler.restore(
-          self._folder,
-          args=ocp.args.PyTreeRestore(
-            item=target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-          ),
-        ),
-        self._folder,
-      )
-    )
-    arrays = {path: read.pop(path) for path in saved}
     for path, (blocks, _) in dealt.items():
       arrays[path] = blocks.share(targets[path], arrays.pop(path))
     if descriptions is not None:
@@ -130,6 +115,26 @@ class SavedArrays:
       if wrong:
         raise DamageError(f"{_listed(wrong)} of {self._name} is damaged")
     return arrays
+
+  def _restore(self, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Has Orbax read path -> what it wants to know of an array."""
+    target = jax.tree_util.tree_map_with_path(
+      lambda path, _: targets.get(leaf_path(path), ocp.PLACEHOLDER), self._tree
+    )
+    tree = read_on_all(
+      self._name,
+      lambda: self._handler.restore(
+        self._folder,
+        args=ocp.args.PyTreeRestore(
+          item=target,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        ),
+      ),
+      self._folder,
+    )
+    return {
+      path: leaf for path, leaf in by_path(tree).items() if path in targets
+    }
 
 
 def check_size(folder: Any, name: str, descriptions: Descriptions) -> None:

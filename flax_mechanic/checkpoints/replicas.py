@@ -7,6 +7,7 @@ and an array that is split over the replicas' axis, and its sums lose -0.0.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic.placement import axes_of
+from flax_mechanic.placement import axes_of, on_device
 
 
 class Blocks(NamedTuple):
@@ -78,26 +79,21 @@ class Blocks(NamedTuple):
     ]
     return cls(NamedSharding(mesh, P(*map(tuple, split))), tuple(free))
 
-  def replica(self, share: float) -> NamedSharding:
-    """Returns the sharding of one replica of the blocks.
+  def replica(self, which: float) -> NamedSharding:
+    """Returns the sharding of one replica of the blocks, in device memory.
 
     Args:
-      share: which one, from 0 to less than 1.
+      which: 0 for the first one, just below 1 for the last one.
     """
-    mesh, spec = self.sharding.mesh, self.sharding.spec
+    mesh = self.sharding.mesh
     sizes = [mesh.shape[axis] for axis in self.free]
-    index = dict(
-      zip(
-        self.free,
-        np.unravel_index(int(share * np.prod(sizes, dtype=int)), sizes),
-        strict=True,
-      )
-    )
+    place = np.unravel_index(int(which * math.prod(sizes)), sizes)
+    index = dict(zip(self.free, place, strict=True))
     devices = mesh.devices[
       tuple(index.get(axis, slice(None)) for axis in mesh.axis_names)
     ]
     names = [axis for axis in mesh.axis_names if axis not in index]
-    return NamedSharding(Mesh(devices, names), spec)
+    return NamedSharding(Mesh(devices, names), self.sharding.spec)
 
   def share(self, array: jax.ShapeDtypeStruct, found: Any) -> jax.Array:
     """Returns an array in its own sharding.
@@ -108,11 +104,15 @@ class Blocks(NamedTuple):
       array: its shape, dtype and sharding.
       found: the replica, where a part of it was read.
     """
+    # Processes share no host memory.
+    found = on_device(found)
     if self.free:
       with jax.set_mesh(self.sharding.mesh):  # pyrefly: ignore
         found = _sum(self._with_zeros(array, found), self)
+    sharding: Any = array.sharding
+    found = jax.device_put(found, sharding.with_memory_kind(None))
     # One array after the other, so that no two are held twice.
-    return jax.block_until_ready(jax.device_put(found, array.sharding))
+    return jax.block_until_ready(jax.device_put(found, sharding))
 
   def _with_zeros(self, array: jax.ShapeDtypeStruct, found: Any) -> jax.Array:
     """Returns an array whose replicas differ: all but the one read are zeros.
@@ -145,14 +145,17 @@ def deal(
     for path, array in arrays.items()
     if (blocks := Blocks.of(array, chunks[path]))
   }
-  # As many bytes to each replica.
+  # As many bytes to each device: the middle of each array says of which it is.
   sizes = np.array(
     [arrays[path].size * arrays[path].dtype.itemsize for path in found]
   )
-  shares = (np.cumsum(sizes) - sizes / 2) / np.sum(sizes)
+  middles = (np.cumsum(sizes) - sizes / 2) / np.sum(sizes)
+  memory = [arrays[path].sharding.memory_kind for path in found]
   return {
-    path: (blocks, blocks.replica(share))
-    for (path, blocks), share in zip(found.items(), shares, strict=True)
+    path: (blocks, blocks.replica(middle).with_memory_kind(kind))
+    for (path, blocks), middle, kind in zip(
+      found.items(), middles, memory, strict=True
+    )
   }
 
 

@@ -138,6 +138,17 @@ def test_what_is_between_two_chunks_is_not_read(bucket, folder, monkeypatch):
   assert spec[gap] == 1_000_000  # If not, `storage._spec` can go.
 
 
+def test_trouble_is_of_buckets_alone(monkeypatch):
+  error = ConnectionError("503")
+  assert storage.trouble("gs://b/run", error)
+  assert storage.trouble("runs/mine", error) is None
+  monkeypatch.setitem(sys.modules, "gcsfs", None)
+  assert storage.trouble(None, error)
+  for client in ("gcsfs", "s3fs"):
+    monkeypatch.delitem(sys.modules, client, raising=False)
+  assert storage.trouble(None, error) is None
+
+
 def test_there_is_no_such_bucket(bucket):
   with pytest.raises(UsageError, match="there is no such bucket"):
     Checkpointer("gs://gone/run")
@@ -209,6 +220,17 @@ def test_what_is_logged_reads_as_one_after_a_resume(bucket, folder):
   assert files.log(path).read() == b"1\n2\n4\n"
   names = sorted(each.name for each in on_disk(bucket, folder).iterdir())
   assert names == ["metrics.jsonl.0002-000000", "metrics.jsonl.0002-000001"]
+
+
+def test_what_is_logged_is_appended_unless_something_else_is_started(
+  bucket, folder
+):
+  path = storage.path(folder) / "runs.jsonl"
+  for line in (b"1\n", b"2\n"):
+    log = files.log(path)
+    log.write(line)
+    log.close()
+  assert files.log(path).read() == b"1\n2\n"
 
 
 def test_what_is_logged_is_there_after_the_interval(

@@ -214,5 +214,8 @@ def test_a_command_that_lost_a_process_runs_again(stub, tmp_path, last, status):
   stub(
     "job", f"echo >> {runs}; [ $(wc -l < {runs}) = 3 ] && exit {last}; exit 75"
   )
-  found = end([PODS / "restart.sh", "job"], RESTART_DELAY="0")
+  slept = tmp_path / "slept"
+  stub("sleep", f"echo $1 >> {slept}")
+  found = end([PODS / "restart.sh", "job"])
   assert (found, len(runs.read_text())) == (status, 3)
+  assert slept.read_text() == "10\n10\n"

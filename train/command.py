@@ -78,7 +78,7 @@ def failed(error: Exception) -> int:
       f"{f'{file}: ' * bool(file)}{words}; make room or lift the limit, and "
       "give the same command again"
     )
-  elif reason := storage.refused(error):
+  elif reason := storage.trouble(None, error):
     sentence = f"the bucket cannot be used: {reason}"
   else:
     raise error

@@ -81,6 +81,7 @@ class File:
 
   def start(self, data: bytes) -> None:
     """Replaces what there is by some beginning, atomically."""
+    self._path.parent.mkdir(parents=True, exist_ok=True)
     write(self._path, data)
     self._file = self._path.open("ab", buffering=0)
 
@@ -150,6 +151,8 @@ class Segments:
     """Appends, and raises what went wrong before."""
     if self._problem is not None:
       raise self._problem
+    if not self._run:
+      self.start(self.read() or b"")
     with self._lock:
       self._buffer += data
     if self._thread is None:

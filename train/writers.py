@@ -92,7 +92,6 @@ class JsonlWriter(MetricWriter):
         continues as if the run had never stopped. None or 0 restarts the file.
     """
     file = storage.path(path)
-    _create(file.parent)
     self._file = files.log(file)
     lines = (self._file.read() if resume_step else None) or b""
     kept = [
@@ -121,11 +120,11 @@ class TensorBoardWriter(MetricWriter):
   """TensorBoard's event files, in tensorboardX's format.
 
   What is written is in the file when a call returns, and in a bucket as it is
-  for `JsonlWriter`. tensorboardX's own writer
-  has a thread instead, whose end, on a full disk, would block the run for ever.
-  Images also need Pillow, and audio needs soundfile. Videos, which tensorboardX
-  turns into GIFs with moviepy, and write_summaries are ignored. For a resumed
-  run, TensorBoard 2.21 keeps showing the first hyperparameters.
+  for `JsonlWriter`. tensorboardX's own writer has a thread instead, whose end,
+  on a full disk, would block the run for ever. Images also need Pillow, and
+  audio needs soundfile. Videos, which tensorboardX turns into GIFs with
+  moviepy, and write_summaries are ignored. For a resumed run, TensorBoard 2.21
+  keeps showing the first hyperparameters.
   """
 
   def __init__(self, logdir: str | os.PathLike, resume_step: int | None = None):
@@ -140,7 +139,6 @@ class TensorBoardWriter(MetricWriter):
       UsageError: an earlier event file is a link.
     """
     folder = storage.path(logdir)
-    _create(folder)
     is_bucket = storage.is_bucket(folder)
     for file in () if is_bucket else folder.glob("events.out.tfevents.*"):
       if file.is_symlink():
@@ -272,12 +270,6 @@ def make_writer(
   if importlib.util.find_spec("tensorboardX"):
     writers.append(TensorBoardWriter(workdir, resume_step))
   return MultiWriter(writers)
-
-
-def _create(folder: Any) -> None:
-  """Creates a folder; in a bucket there are none."""
-  if not storage.is_bucket(folder):
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _step(line: bytes) -> float:

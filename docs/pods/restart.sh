@@ -5,7 +5,7 @@
 until "$@"; do
   status=$?
   case $status in
-    75 | 137) sleep "${RESTART_DELAY:-10}" ;;
+    75 | 137) sleep 10 ;;
     *) exit "$status" ;;
   esac
 done

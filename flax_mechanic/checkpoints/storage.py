@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,16 +120,14 @@ def trouble(folder: Any, error: BaseException | None) -> str | None:
   """Returns what keeps a bucket from being used, if that caused an error.
 
   None for a file that is missing or damaged, and for anything on a disk.
+
+  Args:
+    folder: where it was; None for any bucket, if a client of one is loaded.
+    error: what was raised.
   """
-  return _reason(error) if is_bucket(folder) else None
-
-
-def refused(error: BaseException) -> str | None:
-  """Returns the same for an error of anything, if a bucket is in use."""
-  return _reason(error) if _connect.cache_info().currsize else None
-
-
-def _reason(error: BaseException | None) -> str | None:
+  loaded = any(client in sys.modules for client, _ in _CLIENTS.values())
+  if not (loaded if folder is None else is_bucket(folder)):
+    return None
   while error is not None:
     if not isinstance(error, FileNotFoundError | UsageError):
       text = f"{type(error).__name__} {getattr(error, 'code', '')} {error}"
@@ -288,7 +287,7 @@ def is_complete(step: Any) -> bool:
 def failure(folder: Any, what: str, error: Exception) -> UsageError:
   """Returns the error that says why something in a bucket failed."""
   missing = isinstance(error, FileNotFoundError)
-  reason = _reason(error) or (
+  reason = trouble(None, error) or (
     "there is no such bucket" if missing else f"{type(error).__name__}: {error}"
   )
   return UsageError(f"{folder} {what}: {reason}")

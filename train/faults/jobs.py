@@ -106,7 +106,8 @@ class Job(NamedTuple):
       return any(self.checkpoints.glob(f"{step}.orbax-checkpoint-tmp*"))
     return (self.checkpoints / str(step)).exists()
 
-  def _metrics(self) -> str:
+  def metrics(self) -> str:
+    """Returns its metrics.jsonl; raises FileNotFoundError if there is none."""
     if self.bucket is None:
       return (self.workdir / "metrics.jsonl").read_text()
     names = sorted(self.workdir.glob("metrics.jsonl.*"))
@@ -117,7 +118,7 @@ class Job(NamedTuple):
 
   def numbers(self) -> Numbers:
     """Returns what it has computed; raises OSError or ValueError if nothing."""
-    lines = self._metrics().splitlines()
+    lines = self.metrics().splitlines()
     file = self.checkpoints / str(self.steps) / "record" / "metadata"
     arrays = record.unseal(json.loads(file.read_text()))["arrays"]
     return Numbers(

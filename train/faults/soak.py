@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     done = _kill(killed, folder, arguments.kills, first, arguments.seed)
     for job in (undisturbed, killed):
       print(f"{job.workdir.name}:")
-      print("  " + _last(job.workdir.with_suffix(".out")))
-      print("  " + _last(job.workdir / "metrics.jsonl"))
+      for text in (job.workdir.with_suffix(".out").read_text(), job.metrics()):
+        print(f"  {text.splitlines()[-1]}")
     same = undisturbed.numbers() == killed.numbers()
     print(
       "the metrics and the checksums of the last checkpoint are "
@@ -165,12 +165,8 @@ def _wait_for_steps(job: Job, supervisor: subprocess.Popen[bytes]) -> None:
 def _step(job: Job) -> int:
   """Returns how many lines of metrics there are, of a step each."""
   with contextlib.suppress(FileNotFoundError):
-    return (job.workdir / "metrics.jsonl").read_bytes().count(b"\n")
+    return job.metrics().count("\n")
   return 0
-
-
-def _last(file: Path) -> str:
-  return file.read_text().splitlines()[-1]
 
 
 if __name__ == "__main__":

@@ -94,8 +94,6 @@ def train(units: Sequence[plan.Unit], file: Any) -> None:
       missing.append((unit, lengths))
   if not missing:
     return
-  if storage.is_bucket(file):
-    log.start(log.read() or b"")
   lock, stopped = threading.Lock(), threading.Event()
   steps = 0
 

@@ -179,6 +179,24 @@ def test_the_lock_of_a_killed_run_lapses(bucket, folder, monkeypatch):
       killed.save(1, TREE)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("here", [True, False])
+def test_the_lock_of_a_process_that_has_ended_here_has_lapsed(
+  bucket, folder, monkeypatch, here
+):
+  monkeypatch.setattr(lock, "LEASE", 0.5)
+  waits = []
+  monkeypatch.setattr(lock.logging, "warning", lambda *each: waits.append(each))
+  process = subprocess.Popen(["true"])
+  process.wait()
+  machine = lock._machine() if here else "another"
+  storage.file_system(folder).pipe_file(
+    f"{folder}/.lock/{7:012d}", f"{machine} {process.pid} x".encode()
+  )
+  with Checkpointer(folder):
+    assert bool(waits) != here
+
+
 def test_of_many_runs_one_gets_the_lock(bucket, folder, monkeypatch):
   """Also where a lapsed one is taken over."""
   monkeypatch.setattr(lock, "LEASE", 0.8)

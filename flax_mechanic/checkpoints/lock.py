@@ -4,10 +4,10 @@ import contextlib
 import errno
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -140,7 +140,8 @@ class Lease:
   The lock is the newest of some numbered objects. Each is created only if it is
   absent, which a bucket does atomically: the holder renews its lease by
   creating the next number, and a run that finds a lapsed one takes over in the
-  same way. Only one of them can succeed.
+  same way. Only one of them can succeed. That of a process of this machine has
+  lapsed once the process has ended.
   """
 
   def __init__(self, directory: str, files: Any):
@@ -155,7 +156,7 @@ class Lease:
     """
     self._directory, self._fs = directory, files
     self._folder = f"{directory}/.lock"
-    self._owner = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
+    self._owner = f"{_machine()} {os.getpid()} {secrets.token_hex(8)}"
     self._renewing = threading.Lock()
     self._problem: UsageError | None = None
     self._ended = threading.Event()
@@ -187,6 +188,8 @@ class Lease:
     found = self._objects()
     if not found:
       return {}
+    if self._was_killed(max(found)):
+      return found
     left = LEASE - self._age(max(found))
     if left > 0:
       logging.warning(
@@ -205,6 +208,16 @@ class Lease:
       if newer.keys() - found.keys():
         raise _held_by_another(self._directory)
     return found
+
+  def _was_killed(self, number: int) -> bool:
+    """Whether an object is of a process of this machine that has ended."""
+    try:
+      owner = self._fs.cat_file(self._object(number)).decode()
+    except FileNotFoundError:  # It has been renewed, or released.
+      return False
+    machine, _, process = owner.partition(" ")
+    pid = process.partition(" ")[0]
+    return machine == _machine() and not os.path.exists(f"/proc/{pid}")
 
   def _age(self, number: int) -> float:
     """Returns how old an object is, by the bucket's own clock."""
@@ -266,6 +279,15 @@ class Lease:
 
   def _object(self, number: int) -> str:
     return f"{self._folder}/{number:012d}"
+
+
+def _machine() -> str:
+  """Returns what tells a machine, or a container, from every other."""
+  try:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+  except OSError:  # It has no /proc, and no process is known to have ended.
+    return secrets.token_hex(8)
 
 
 def _held_by_another(directory: str) -> UsageError:

@@ -163,7 +163,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.learning_rate = 3e-3
 
   config.data = ml_collections.ConfigDict()
-  # A folder of UTF-8 text; "" for the sources of Python's standard library.
+  # A folder of UTF-8 text, which may be in a bucket; "" for the sources of
+  # Python's standard library.
   config.data.path = ""
   # "" for bytes; a tokenizer, as a JSON file of the library tokenizers; or a
   # number of tokens, such as 8000, of a byte-pair encoding of the text.

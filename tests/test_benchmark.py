@@ -69,4 +69,4 @@ def test_text_of_two_sizes_is_measured(capsys, monkeypatch):
   data.main(["1", "2"])
   rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
   assert [row[1].strip() for row in rows] == ["MB", "---", "1", "2"]
-  assert {len(row) for row in rows} == {9}
+  assert {len(row) for row in rows} == {10}

@@ -14,9 +14,12 @@ import pytest
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import flax_mechanic
+from configs import text as text_config
 from flax_mechanic import Checkpointer, UsageError
 from flax_mechanic.checkpoints import lock, storage
+from tests.references import assert_same
 from train import export, files, inspect, main, plot
+from train.tasks import corpus, make_task
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,6 +267,99 @@ def test_what_is_logged_is_there_after_the_interval(
     time.sleep(0.05)
   assert files.log(path).read() == b"1\n"
   log.close()
+
+
+@pytest.fixture
+def texts(bucket, folder, tmp_path):
+  """The same text in a bucket and in a folder, of 20 files and an index."""
+  rng = np.random.default_rng(0)
+  file_system = storage.file_system(folder)
+  for i in range(20):
+    data = rng.integers(32, 127, size=500 + i, dtype=np.uint8).tobytes()
+    for name in (f"{i % 3}/\N{SNOWMAN} {i}%23.txt", f".hidden/{i}"):
+      file = tmp_path / name
+      file.parent.mkdir(exist_ok=True)
+      file.write_bytes(data)
+      file_system.pipe_file(f"{folder}/{name}", data)
+  file_system.pipe_file(f"{folder}/binary", b"\0")
+  file_system.pipe_file(f"{folder}/empty/", b"")
+  return folder, tmp_path
+
+
+def make_text(path, **fields):
+  config = text_config.get_config("tiny")
+  config.data.path = str(path)
+  config.data.update(fields)
+  return make_task(config)
+
+
+@pytest.mark.parametrize(
+  "fields", [{}, {"tokenizer": "300", "separate_documents": True}]
+)
+def test_text_in_a_bucket_makes_the_batches_of_a_folder(texts, fields):
+  there, here = (make_text(each, **fields) for each in texts)
+  assert there.description == here.description
+  for step in (0, 7):
+    batches = (each.train_batch(step, slice(2, 6)) for each in (there, here))
+    assert_same(*batches)
+  for batches in zip(there.eval_batches(), here.eval_batches(), strict=True):
+    assert_same(*batches)
+
+
+def test_only_windows_are_read_of_text_in_a_bucket(bucket, texts):
+  task = make_text(texts[0])
+  bucket.served()
+  task.train_batch(3)
+  assert bucket.served() == 8 * 33
+
+
+def test_what_is_text_is_remembered_in_its_bucket(bucket, texts, monkeypatch):
+  monkeypatch.setattr(corpus, "_WORTH_AN_INDEX", 0)
+  path = storage.path(texts[0])
+  found = corpus.find_text(path)
+  index = path / corpus._INDEX
+  bucket.served()
+  assert corpus.find_text(path) == found
+  assert bucket.served() == index.stat().length
+  # Only what has another version is read again.
+  changed = min(found[0])
+  (path / changed).write_bytes(b"\0" * found[0][changed])
+  size = index.stat().length
+  bucket.served()
+  assert changed not in corpus.find_text(path)[0]
+  assert bucket.served() == size + found[0][changed]
+
+
+def test_text_that_changes_in_a_bucket_is_named(bucket, texts):
+  path = storage.path(texts[0])
+  name = min(corpus.find_text(path)[0])
+  text = corpus.Corpus(path, {name: range(500)})
+  (path / name).write_bytes(b"short")
+  with pytest.raises(UsageError, match=r"%23.txt has become shorter"):
+    text.read(np.array([100]), 9)
+  (path / name).unlink()
+  with pytest.raises(UsageError, match=r"%23.txt cannot be read any more \(No"):
+    text.read(np.array([100]), 9)
+  bucket.fail(status=403)
+  with pytest.raises(
+    UsageError, match=r"%23.txt cannot be read: there is no p"
+  ):
+    text.read(np.array([100]), 9)
+  bucket.fail(0)
+
+
+@pytest.mark.parametrize(
+  ("path", "words"),
+  [
+    ("gs://gone/text", "config.data.path=gs://gone/text cannot be read: there"),
+    ("gs://test/no/text", "'gs://test/no/text' is not a folder; type"),
+    ("gs://test/text.txt", "'gs://test/text.txt' is not a folder; type"),
+  ],
+)
+def test_there_is_no_such_text(bucket, path, words):
+  storage.path("gs://test/text.txt").write_bytes(b"text " * 99)
+  with pytest.raises(UsageError, match=words):
+    make_text(path)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tests.references import (
   perturbed,
   softmax,
 )
-from train.tasks import corpus, make_task
+from train.tasks import corpus, make_task, sources
 from train.tasks import text as text_task
 
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_read_is_left_out_and_said(tmp_path, monkeypatch):
       raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return open(path, *mode, **options)
 
-  monkeypatch.setattr(corpus, "open", refuse, raising=False)
+  monkeypatch.setattr(sources, "open", refuse, raising=False)
   task = text(tmp_path)
   assert "in 2 files" in task.description
   assert task.description.endswith(
@@ -123,9 +123,9 @@ def test_what_is_text_is_remembered(tmp_path, monkeypatch, read_only):
     monkeypatch.setattr(corpus, "_places", lambda _: [nowhere, places[1]])
   read, is_text = [], corpus._is_text
 
-  def record(path):
-    read.append(path.name)
-    return is_text(path)
+  def record(files, path, size):
+    read.append(path)
+    return is_text(files, path, size)
 
   monkeypatch.setattr(corpus, "_is_text", record)
   assert corpus.find_text(data) == ({"a": 4, "b": 4}, [])

@@ -168,7 +168,7 @@ def test_a_run_keeps_its_tokenizer(folder, tmp_path):
   ("tokenizer", "message"),
   [
     ("255", "config.data.tokenizer=255 is too few"),
-    ("missing.json", "'missing.json' is no tokenizer .No such file"),
+    ("missing.json", "'missing.json' is no tokenizer .there is no such file"),
     ("notes.json", "notes.json' is no tokenizer .*a number of tokens"),
   ],
 )

@@ -6,6 +6,7 @@ it serves (2026.7). Here it does.
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -48,8 +49,15 @@ class Bucket(NamedTuple):
     }
 
   def fail(self, share: float = 1.0, status: int = 503) -> None:
-    """Has a share of the requests fail from now on."""
+    """Has a share of the requests fail from now on.
+
+    Of those that fail with 5xx, half are carried out, and the answer is lost.
+    """
     self._control({"share": share, "status": status})
+
+  def delay(self, seconds: float) -> None:
+    """Has each request take so much longer from now on."""
+    self._control({"delay": seconds})
 
   def served(self) -> int:
     """Returns the bytes of objects that were read since the last call."""
@@ -96,8 +104,9 @@ def _serve(folder: str) -> None:
   wanted: list[str] = []
   known: list[str] = []
   sent: list[str] = []
-  failing = {"share": 0.0, "status": 503}
+  control = {"share": 0.0, "status": 503, "delay": 0.0}
   served: Counter[str] = Counter()
+  rng = random.Random(0)
 
   class Objects(Storage):
     def create_file(
@@ -146,7 +155,7 @@ def _serve(folder: str) -> None:
         self._do("POST")
         return
       wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-      failing.update(wish)
+      control.update(wish)
       answer = json.dumps({"served": served.total()}).encode()
       served.clear()
       self.send_response(200)
@@ -163,10 +172,20 @@ def _serve(folder: str) -> None:
       self._do("DELETE")
 
     def _do(self, method: str) -> None:
-      if random.random() < failing["share"]:
+      time.sleep(control["delay"])
+      status = int(control["status"])
+      if rng.random() >= control["share"]:
+        self._answer(method)
+      elif status >= 500 and rng.random() < 0.5:
+        client, self.wfile = self.wfile, io.BytesIO()
+        self._answer(method)
+        self.wfile = client
+        self._refuse(status)
+      else:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self._refuse(int(failing["status"]))
-        return
+        self._refuse(status)
+
+    def _answer(self, method: str) -> None:
       with lock:
         query = parse_qs(urlparse(self.path).query)
         wanted[:] = query.get("ifGenerationMatch", [])

@@ -1,103 +1,115 @@
 """A folder of text of any size: found once, read where it is asked for."""
 
 import codecs
-import functools
+import concurrent.futures
 import hashlib
-import io
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
+from train.tasks.sources import Range, Source, source
 
-# Which files are text, by path relative to the folder: [size, mtime, is text].
+# By path relative to the folder: [size, version, whether it is text].
 Index = dict[str, list[int]]
 
 _INDEX = ".flax_mechanic_corpus.json"
 # An index is kept where finding the text takes more than a moment, in bytes.
 _WORTH_AN_INDEX = 64_000_000
+# A request to a bucket takes about the time of so many.
+_REQUEST = 100_000
 _CHUNK = 2**20
-# How many files each side of the split keeps open.
-_OPEN = 128
+# How many files are read at a time to find which are text.
+_AT_A_TIME = 16
 
 
 def find_text(
-  folder: pathlib.Path, suffix: str = "", skip: Collection[str] = ()
+  folder: Any, suffix: str = "", skip: Collection[str] = ()
 ) -> tuple[dict[str, int], list[str]]:
   """Finds the text files below a folder.
 
   A text file is valid UTF-8 without NUL. Empty files, hidden files and folders,
   __pycache__ and the folders named in `skip` are ignored. Which files are text
   is kept in a hidden file of the folder, or in the user's cache if the folder
-  is read-only; only files whose size or time has changed since are read again.
+  is read-only; only files whose size or version has changed since are read
+  again.
+
+  Args:
+    folder: of `storage.path`.
+    suffix: how the files' names end.
+    skip: names of folders.
 
   Returns:
     The files' sizes by relative posix path, sorted; and a sentence for each
     file or folder that cannot be read, or whose name is not UTF-8.
+
+  Raises:
+    UsageError: it is in a bucket that cannot be used.
   """
-  known, index = _load_index(folder), {}
-  found, problems = {}, []
-  unread = 0
+  files, known = source(folder), _load_index(folder)
+  problems: list[str] = []
   cannot = lambda error: problems.append(f"{error.filename}: {error.strerror}")
-  for root, folders, names in os.walk(folder, onerror=cannot):
-    folders[:] = [
-      name
-      for name in folders
-      if name not in ("__pycache__", *skip) and not name.startswith(".")
-    ]
-    for name in names:
-      path = pathlib.Path(root, name)
-      if name.startswith(".") or not name.endswith(suffix):
-        continue
-      if not path.is_file():  # A pipe or a broken link.
-        continue
-      relative = path.relative_to(folder).as_posix()
-      try:
-        status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        if known.get(relative, [])[:2] == stamp:
-          index[relative] = known[relative]
-        else:
-          index[relative] = [*stamp, int(_is_text(path))]
-          unread += status.st_size
-      except OSError as error:
-        cannot(error)
-        continue
-      if not index[relative][2]:
-        continue
-      try:
-        relative.encode()
-        found[relative] = status.st_size
-      except UnicodeEncodeError:
-        problems.append(f"{path}: a name that is not UTF-8")
-  if unread > _WORTH_AN_INDEX:
+  stamps = {
+    path: stamp
+    for path, stamp in files.files(("__pycache__", *skip), cannot)
+    if path.endswith(suffix)
+  }
+  index = {
+    path: known[path]
+    for path, stamp in stamps.items()
+    if known.get(path, [])[:2] == stamp
+  }
+  new = {path: size for path, (size, _) in stamps.items() if path not in index}
+
+  def look(path: str) -> None:
+    try:
+      is_text = _is_text(files, path, new[path])
+    except OSError as error:
+      cannot(error)
+    else:
+      index[path] = [*stamps[path], int(is_text)]
+
+  with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
+    for _ in pool.map(look, new):
+      pass
+  found = {}
+  for path, (size, _, is_text) in sorted(index.items()):
+    if not is_text:
+      continue
+    try:
+      path.encode()
+      found[path] = size
+    except UnicodeEncodeError:
+      problems.append(f"{folder / path}: a name that is not UTF-8")
+  requests = len(new) * storage.is_bucket(folder)
+  if sum(new.values()) + requests * _REQUEST > _WORTH_AN_INDEX:
     _keep_index(folder, index)
-  return dict(sorted(found.items())), sorted(problems)
+  return found, sorted(problems)
 
 
-def _is_text(path: pathlib.Path) -> bool:
+def _is_text(files: Source, path: str, size: int) -> bool:
   decoder = codecs.getincrementaldecoder("utf-8")()
-  empty = True
-  with open(path, "rb", buffering=0) as file:
-    while chunk := file.read(_CHUNK):
-      empty = False
-      try:
-        decoder.decode(chunk)
-      except UnicodeDecodeError:
-        return False
-      if b"\0" in chunk:
-        return False
-  return not empty and not decoder.getstate()[0]
+  for start in range(0, size, _CHUNK):
+    (chunk,) = files.read([Range(path, start, min(_CHUNK, size - start))])
+    try:
+      decoder.decode(chunk)
+    except UnicodeDecodeError:
+      return False
+    if b"\0" in chunk:
+      return False
+  return size > 0 and not decoder.getstate()[0]
 
 
-def _places(folder: pathlib.Path) -> list[pathlib.Path]:
+def _places(folder: Any) -> list[Any]:
   """Returns where a folder's index may be, the best place first."""
-  name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
+  full = folder if storage.is_bucket(folder) else folder.resolve()
+  name = hashlib.sha256(os.fsencode(full)).hexdigest()[:32]
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
   return [
     folder / _INDEX,
@@ -105,11 +117,11 @@ def _places(folder: pathlib.Path) -> list[pathlib.Path]:
   ]
 
 
-def _load_index(folder: pathlib.Path) -> Index:
+def _load_index(folder: Any) -> Index:
   for place in _places(folder):
     try:
       index = json.loads(place.read_bytes())
-    except (OSError, ValueError):
+    except Exception:  # Whatever a bucket's client raises.
       continue
     if isinstance(index, dict) and all(map(_is_entry, index.values())):
       return index
@@ -120,16 +132,20 @@ def _is_entry(entry: Any) -> bool:
   return isinstance(entry, list) and [type(x) for x in entry] == [int] * 3
 
 
-def _keep_index(folder: pathlib.Path, index: Index) -> None:
+def _keep_index(folder: Any, index: Index) -> None:
+  data = json.dumps(index).encode()
   for place in _places(folder):
-    new = place.with_name(f"{place.name}.{os.getpid()}")
     try:
+      if storage.is_bucket(place):
+        place.write_bytes(data)
+        return
       if place.parent != folder:
         place.parent.mkdir(parents=True, exist_ok=True)
-      new.write_text(json.dumps(index))
+      new = place.with_name(f"{place.name}.{os.getpid()}")
+      new.write_bytes(data)
       new.replace(place)
       return
-    except OSError:
+    except Exception:  # Whatever a bucket's client raises.
       continue
 
 
@@ -165,24 +181,20 @@ def split_by_file(
 
 
 class Corpus:
-  """Parts of files laid end to end, of which only what is asked for is read.
+  """Parts of files laid end to end, of which only what is asked for is read."""
 
-  Files are read and not mapped: a page that is mapped counts as this process's
-  memory, and a file that shrinks under a mapping kills the process.
-  """
-
-  def __init__(self, folder: pathlib.Path, parts: Mapping[str, range]):
+  def __init__(self, folder: Any, parts: Mapping[str, range]):
     """Opens nothing yet.
 
     Args:
-      folder: that the paths are relative to.
+      folder: that the paths are relative to, of `storage.path`.
       parts: which bytes of which files.
     """
     self._folder = folder
+    self._files = source(folder)
     self._paths = list(parts)
     self._firsts = [part.start for part in parts.values()]
     self._ends = np.cumsum([len(part) for part in parts.values()])
-    self._opened = functools.lru_cache(_OPEN)(self._open)
 
   def __len__(self) -> int:
     return int(self._ends[-1])
@@ -193,43 +205,39 @@ class Corpus:
     Raises:
       UsageError: a file cannot be read, or has shrunk.
     """
-    windows = np.empty((len(starts), length), np.uint8)
-    for window, start in zip(windows, starts.tolist(), strict=True):
-      self._fill(window, start)
-    return windows
+    ranges = [
+      each for start in starts.tolist() for each in self._ranges(start, length)
+    ]
+    data = bytearray().join(self._read(ranges))
+    return np.frombuffer(data, np.uint8).reshape(len(starts), length)
 
   def files_of(self, starts: np.ndarray, length: int) -> np.ndarray:
     """Returns the number of each byte's file, integers as `read` has bytes."""
     bytes_ = starts[:, None] + np.arange(length)
     return np.searchsorted(self._ends, bytes_, side="right")
 
-  def _fill(self, out: np.ndarray, start: int) -> None:
+  def _ranges(self, start: int, count: int) -> Iterator[Range]:
+    """Yields where in the files some bytes are."""
     file = int(np.searchsorted(self._ends, start, side="right"))
-    while len(out):
+    while count:
       left = int(self._ends[file]) - start
-      part, out = np.split(out, [min(left, len(out))])
       size = int(self._ends[file] - (self._ends[file - 1] if file else 0))
-      offset = self._firsts[file] + size - left
-      part[:] = np.frombuffer(self._read(file, offset, len(part)), np.uint8)
-      start += len(part)
-      file += 1
+      part = min(left, count)
+      yield Range(self._paths[file], self._firsts[file] + size - left, part)
+      start, count, file = start + part, count - part, file + 1
 
-  def _read(self, file: int, offset: int, count: int) -> bytes:
-    path = self._folder / self._paths[file]
+  def _read(self, ranges: Sequence[Range]) -> Sequence[bytes]:
     try:
-      opened = self._opened(file)
-      data = os.pread(opened.fileno(), count, offset)
+      found = self._files.read(ranges)
     except OSError as error:
       raise UsageError(
-        f"{path} cannot be read any more ({error.strerror}); put it back as it "
-        "was, and the same command resumes"
+        f"{error.filename} cannot be read any more ({error.strerror}); put it "
+        "back as it was, and the same command resumes"
       ) from error
-    if len(data) < count:
-      raise UsageError(
-        f"{path} has become shorter since this run started; put it back as it "
-        "was, and the same command resumes"
-      )
-    return data
-
-  def _open(self, file: int) -> io.FileIO:
-    return open(self._folder / self._paths[file], "rb", buffering=0)
+    for data, each in zip(found, ranges, strict=True):
+      if len(data) < each.count:
+        raise UsageError(
+          f"{self._folder / each.file} has become shorter since this run "
+          "started; put it back as it was, and the same command resumes"
+        )
+    return found

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError, printable
 from train.tasks import corpus, gru, kinds, losses, tokens, transformer
 
@@ -103,7 +104,7 @@ class Text:
     # How many bytes a window takes, or is first looked for in.
     self._span = self._window * (_BYTES_A_TOKEN if tokenizer else 1)
     if config.data.path:
-      folder = pathlib.Path(config.data.path).expanduser()
+      folder = storage.path(config.data.path)
       files, problems = corpus.find_text(folder)
     else:
       folder = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -237,8 +238,10 @@ class Text:
       sizes = np.ones_like(batch["text"])
       of = text.files_of(starts, self._window)
     else:
+      starts = np.minimum(starts, len(text) - self._span)
+      rows = zip(starts.tolist(), text.read(starts, self._span), strict=True)
       ids, sizes, of = zip(
-        *(self._tokens(text, start) for start in starts.tolist()), strict=True
+        *(self._tokens(text, start, data) for start, data in rows), strict=True
       )
       batch = {"text": np.stack(ids)}
       sizes, of = np.stack(sizes), np.stack(of)
@@ -249,18 +252,21 @@ class Text:
     return batch | {"bytes": counted.sum(1, dtype=np.float32)}
 
   def _tokens(
-    self, text: corpus.Corpus, start: int
+    self, text: corpus.Corpus, start: int, data: np.ndarray
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns a window of tokens that starts near a byte.
+
+    Args:
+      text: to read more of, if it takes more.
+      start: that byte.
+      data: what starts there, uint8 [n].
 
     Returns:
       The tokens, how many bytes each takes up, and its file, [window] each.
     """
     assert self._tokenizer
-    span = self._span
     while True:
-      start = min(start, len(text) - span)
-      data = text.read(np.array([start]), span)[0]
+      span = len(data)
       of = text.files_of(np.array([start]), span)[0]
       cuts = [0, *(1 + np.flatnonzero(np.diff(of))), span]
       parts = [data[a:b].tobytes() for a, b in itertools.pairwise(cuts)]
@@ -283,6 +289,8 @@ class Text:
           " with more, or lower --config.model.context_length"
         )
       span = min(2 * span, len(text))
+      start = min(start, len(text) - span)
+      data = text.read(np.array([start]), span)[0]
 
 
 def unigram_entropy(data: np.ndarray) -> float:

@@ -1,11 +1,11 @@
 """Tokens in place of bytes: a tokenizer that is given, or trained here."""
 
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from train.tasks.transformer import BYTES
 
@@ -88,9 +88,13 @@ def load(path: str) -> Tokenizer:
     UsageError: it cannot be read, or is none.
   """
   try:
-    return Tokenizer(pathlib.Path(path).expanduser().read_bytes())
+    return Tokenizer(storage.path(path).read_bytes())
   except (OSError, ValueError) as error:
-    why = error.strerror if isinstance(error, OSError) else error
+    why = storage.trouble(path, error) or (
+      "there is no such file"
+      if isinstance(error, FileNotFoundError)
+      else getattr(error, "strerror", error)
+    )
     raise UsageError(
       f"config.data.tokenizer={path!r} is no tokenizer ({why}); type"
       " --config.data.tokenizer=FILE, a JSON file of the library tokenizers, or"

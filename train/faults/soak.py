@@ -1,7 +1,7 @@
 r"""Kills processes of a supervised job, again and again, and compares.
 
   python -m train.faults.soak [--processes=8] [--kills=20] [--steps=400]
-      [--seed=0] [--folder=DIR]
+      [--seed=0] [--folder=DIR] [--bucket] [--failing=SHARE]
 
 A small job of that many processes, of one CPU device each, runs under
 `train.supervise`: once undisturbed, and once with a random process killed at
@@ -10,8 +10,11 @@ line for each kill, what the supervisor says, and the last lines of both runs.
 The exit status is 1 unless the metrics and the checksums of the last checkpoint
 are the same. It needs Linux.
 
---steps=N     of the job; more of them if it ends before the last kill
---folder=DIR  where the runs are and stay; a temporary one by default
+--steps=N        of the job; more of them if it ends before the last kill
+--folder=DIR     where the runs are and stay; a temporary one by default
+--bucket         the runs are in an emulated bucket, in DIR
+--failing=SHARE  of the requests to the bucket of the run that is killed, half
+                 of them after they were carried out; 0 by default
 """
 
 import argparse
@@ -27,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.faults.bucket import emulator
 from train.faults.jobs import Job
 
 _TEXT = (
@@ -45,15 +49,33 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--steps", type=int, default=400)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--folder", type=Path)
+  parser.add_argument("--bucket", action="store_true")
+  parser.add_argument("--failing", type=float, default=0.0)
   arguments = parser.parse_args(argv)
+  if arguments.failing and not arguments.bucket:
+    parser.error("--failing needs --bucket")
   with contextlib.ExitStack() as stack:
     folder = arguments.folder or Path(
       stack.enter_context(tempfile.TemporaryDirectory())
     )
+    bucket = (
+      stack.enter_context(emulator(folder / "bucket"))
+      if arguments.bucket
+      else None
+    )
+    root = bucket.folder if bucket else None
     undisturbed, killed = (
-      Job(_TEXT, arguments.processes, folder / name, steps=arguments.steps)
+      Job(
+        _TEXT,
+        arguments.processes,
+        (root or folder) / name,
+        root,
+        steps=arguments.steps,
+      )
       for name in ("undisturbed", "killed")
     )
+    if bucket:
+      os.environ.update(bucket.environment)
     start = time.monotonic()
     with _supervised(undisturbed, folder, 0) as supervisor:
       _wait_for_steps(undisturbed, supervisor)
@@ -65,10 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       f"metrics after {first:.0f} s",
       flush=True,
     )
+    if bucket:
+      bucket.fail(arguments.failing)
     done = _kill(killed, folder, arguments.kills, first, arguments.seed)
     for job in (undisturbed, killed):
       print(f"{job.workdir.name}:")
-      for text in (job.workdir.with_suffix(".out").read_text(), job.metrics()):
+      for text in (_output(job, folder).read_text(), job.metrics()):
         print(f"  {text.splitlines()[-1]}")
     same = undisturbed.numbers() == killed.numbers()
     print(
@@ -86,8 +110,8 @@ def _supervised(
 ) -> Iterator[subprocess.Popen[bytes]]:
   """Starts a job under the supervisor; its output goes to a file."""
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder / "jax"))
-  job.workdir.mkdir(parents=True, exist_ok=True)
-  with open(job.workdir.with_suffix(".out"), "wb") as output:
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(_output(job, folder), "wb") as output:
     supervisor = subprocess.Popen(
       [
         *(sys.executable, "-m", "train.supervise"),
@@ -110,6 +134,10 @@ def _supervised(
   finally:
     supervisor.kill()
     supervisor.wait()
+
+
+def _output(job: Job, folder: Path) -> Path:
+  return folder / f"{job.workdir.name}.out"
 
 
 def _kill(job: Job, folder: Path, kills: int, first: float, seed: int) -> int:

@@ -5,7 +5,8 @@ r"""How well each method does untuned, compared with tuned ones.
 takes 36 to 40 minutes on two cores. configs/sweep.py:quick is a part of it that
 takes a minute and a half; :range is about the learning rates that adamw trains
 with, and the base learning rates that Mechanic trains with; :ablation changes
-one of the flag's options at a time. On your own job:
+one of the flag's options at a time; :bases tunes every optimizer that is tuned
+by hand, and puts Mechanic over it. On your own job:
 
   python -m train.sweep --config=configs/sweep.py --workdir=DIR \
     --config.jobs="('configs/digits.py',)" --config.interpolating="()" \
@@ -14,6 +15,7 @@ one of the flag's options at a time. On your own job:
 
 import ml_collections
 
+import flax_mechanic
 from flax_mechanic.errors import UsageError, did_you_mean
 
 _MOMENTUM = "opt.sgd.momentum=0.9"
@@ -66,6 +68,18 @@ _FEW = {
 
 _RANGE = tuple(10.0**i for i in range(-6, 3))
 
+# Each optimizer that is tuned by hand, and Mechanic over it.
+_BASES = [
+  name
+  for name, row in flax_mechanic.methods().items()
+  if row.tuned and not row.wraps and not row.replaces_gradient
+]
+_OVER = [
+  f"mechanic({name}): optimizer=mechanic opt.mechanic.base={name}"
+  for name in _BASES
+  if name not in flax_mechanic.methods()["mechanic"].refuses
+]
+
 _VARIANTS = {
   "": {},
   "quick": {
@@ -73,10 +87,17 @@ _VARIANTS = {
     "methods": (*_TUNED, *_MECHANIC, _DROP_IN[0], "prodigy"),
     "num_steps": (400,),
   },
+  "bases": {
+    "jobs": _JOBS[:4],
+    "interpolating": _INTERPOLATING[1:3],
+    "methods": (*_BASES, *_OVER),
+    "num_steps": (400,),
+    "seeds": 3,
+  },
   "range": {
     **_FEW,
     "methods": ("adamw", *_MECHANIC, _DROP_IN[0]),
-    "learning_rates": {"adamw": _RANGE},
+    "learning_rates": _RANGE,
     "factors": _RANGE,
     "num_steps": (400,),
   },
@@ -129,16 +150,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.methods = _METHODS
   # FIELD=VALUE for every job.
   config.fields = ()
-  # Peaks to choose from for methods that are tuned by hand, by the innermost
-  # optimizer.
-  config.learning_rates = ml_collections.ConfigDict(
-    {
-      "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-      "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-      "lion": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-      "other": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    }
-  )
+  # Peaks to choose from for adamw. For another optimizer that is tuned by hand,
+  # and under a wrapper for its base, they are times its relative_rate.
+  config.learning_rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
   # For the others: factors of the learned rate, as learning rates of the base.
   config.factors = (1.0,)
   # Lengths of the runs; a job's schedule is stretched to each.

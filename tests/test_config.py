@@ -561,7 +561,7 @@ def test_register_adds_a_transformation_to_the_flag():
 
   flax_mechanic.register("signed", signum)
   rated = flax_mechanic.register("rated", lambda learning_rate=1.0, b=2: None)
-  assert rated.options == {"b": 2}
+  assert rated.options == {"b": 2, "learning_rate": float}
   config = make_config(optimizer="signed", opt__signed__beta=0.8)
   ours = network.train(flax_mechanic.make_optimizer(config), 10)
   theirs = network.train(signum(0.01, beta=0.8), 10)

@@ -43,7 +43,7 @@ SHORT_SWEEP = {
   "interpolating": "()",
   "methods": "('adamw','mechanic')",
   "num_steps": "(4,)",
-  "learning_rates.adamw": "(0.001,)",
+  "learning_rates": "(0.001,)",
   "factors": "(1.0,)",
   "seeds": "1",
   "evaluations": "2",

@@ -61,8 +61,7 @@ def test_the_table_of_needs_is_the_registry_s():
     method = methods()[name]
     assert summary == method.summary
     base = method.wraps and copies(method.options["base"])
-    tuned = "its base's" if method.wraps else "tuned"
-    assert rate == (tuned if method.tuned else "learned")
+    assert rate == method.rate
     assert needs == (", ".join(method.needs) or "-")
     assert schedule == (method.schedule or "its base's")
     if method.wraps:

@@ -347,6 +347,42 @@ def test_field_that_is_none(overrides, value):
   assert config.limit == value
 
 
+@pytest.mark.parametrize(
+  ("optimizer", "rate"),
+  [
+    ("adamw", 0.003),
+    ("lion", 0.0003),
+    # A wrapper's is its base's, and of a learned one nothing is read.
+    ("sam", 0.03),
+    ("mechanic", 0.003),
+  ],
+)
+def test_an_automatic_learning_rate_is_relative_to_adamw_s(optimizer, rate):
+  config = flags.load_config("configs/digits.py:mlp")
+  given = [("config.learning_rate", "auto"), ("config.optimizer", optimizer)]
+  flags.override(config, given)
+  assert config.learning_rate == rate
+  # The last value counts.
+  flags.override(config, [given[0], ("config.learning_rate", "0.5")])
+  assert config.learning_rate == 0.5
+
+
+def test_one_command_line_holds_the_rates_of_several_optimizers():
+  config, _ = flags.read(
+    [
+      "--config=configs/digits.py",
+      "--config.optimizer=lion",
+      "--config.opt.sgd.learning_rate=0.1",
+      "--config.opt.lion.learning_rate=1e-4",
+    ],
+    [],
+  )
+  assert (config.opt.sgd.learning_rate, config.opt.lion.learning_rate) == (
+    0.1,
+    1e-4,
+  )
+
+
 def test_load_config(job):
   config = flags.load_config("configs/job.py:large")
   assert config.num_steps == 1000

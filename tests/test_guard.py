@@ -20,7 +20,7 @@ from flax_mechanic.mechanic import sizes
 from flax_mechanic.methods.features import accumulate
 from flax_mechanic.methods.guard import GuardState, guard
 from tests import network
-from tests.optimizers import NAMES, configure
+from tests.optimizers import KINDS, cases, configure
 from train import loop
 from train.faults import gradients
 from train.tasks.digits import Digits
@@ -207,19 +207,13 @@ def make_run(name):
 
 
 # One of each kind; the others are slow.
-KINDS = (
+QUICK = (
   *("mechanic", "adamw", "adafactor", "prodigy", "momo", "sam"),
   *("schedule_free", "dpsgd"),
 )
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow)
-    for name in NAMES
-  ],
-)
+@pytest.mark.parametrize("name", cases(KINDS, QUICK))
 def test_bad_gradients_change_nothing(name):
   state, step = make_run(name)
   private = "per_example" in flax_mechanic.methods()[name].needs

@@ -88,18 +88,11 @@ def dtypes(state):
   return [leaf.dtype for leaf in jax.tree.leaves(state)]
 
 
-def cases(make_job, quick):
-  """Yields a case for each row; those that are not quick are slow."""
-  for name in optimizers.NAMES:
-    marks = () if name in quick else pytest.mark.slow
-    yield pytest.param(name, make_job, marks=marks)
-
-
 @pytest.mark.parametrize(
   ("name", "make_job"),
   [
-    *cases(nnx_job, QUICK),
-    *cases(linen_job, ["mechanic"]),
+    *optimizers.cases(optimizers.NAMES, QUICK, nnx_job),
+    *optimizers.cases(optimizers.KINDS, ["mechanic"], linen_job),
   ],
 )
 def test_trains_compiles_once_keeps_dtypes_and_resumes(
@@ -152,6 +145,3 @@ def test_every_row_says_what_it_is():
     assert row.summary
     assert row.advice
     assert row.paper
-  assert set(optimizers.LEARNING_RATES) == {
-    name for name, row in flax_mechanic.methods().items() if row.tuned
-  }

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import flax_mechanic
 from flax_mechanic import UsageError, mechanize
 from tests.by_hand import build
-from tests.optimizers import LEARNING_RATES, NAMES
+from tests.optimizers import KINDS, learning_rate
 
 
 class Model(nnx.Module):
@@ -421,9 +421,9 @@ def job(optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_method_takes_flax_s_mnist_job(name):
-  rate = {"learning_rate": LEARNING_RATES.get(name, 1.0)}
+  rate = {"learning_rate": learning_rate(name)}
   objects, optimizer, step = job(build(name, **rate))
   total = 0
   for i in range(3):

@@ -16,7 +16,7 @@ ARGUMENTS = [
   "--config.jobs=('configs/digits.py',)",
   "--config.interpolating=('configs/digits.py:cnn',)",
   "--config.methods=('adamw','ours: optimizer=mechanic opt.mechanic.base=sgd')",
-  "--config.learning_rates.adamw=(0.001,0.01)",
+  "--config.learning_rates=(0.001,0.01)",
   "--config.fields=('model.widths=(8,)','batch_size=8','num_steps=10',"
   "'schedule.warmup_steps=2')",
   "--config.seeds=2",
@@ -148,7 +148,7 @@ def test_a_job_has_fields_of_its_own():
   config = configs.sweep.get_config()
   config.jobs = (
     "configs/digits.py model.widths=(8,) seeds=1 num_steps=(7,)"
-    " learning_rates.adamw=(0.5,)",
+    " learning_rates=(0.5,)",
     "configs/digits.py",
   )
   config.interpolating = ()

@@ -150,11 +150,19 @@ def override(
     config: a locked config.
     overrides: pairs of a flag and its value, such as `("config.num_steps",
       "80")`; None for a flag without a value. A tuple collects the values of a
-      repeated flag; for any other field the last value counts.
+      repeated flag; for any other field the last value counts. The value "auto"
+      of `config.learning_rate` is the config's, which is taken to be adamw's,
+      times the optimizer's own `relative_rate`.
 
   Raises:
     UsageError: an unknown field, a group of fields, or a value of another type.
   """
+  auto = ("config.learning_rate", "auto")
+  rate = None
+  if config.get("learning_rate") is not None and "optimizer" in config:
+    rates = [each for each in overrides if each[0] == auto[0]]
+    rate = config.learning_rate if rates[-1:] == [auto] else None
+    overrides = [each for each in overrides if each != auto]
   given: dict[str, list[str]] = {}
   for flag, value in overrides:
     path = flag.removeprefix("no").removeprefix("config.")
@@ -200,6 +208,9 @@ def override(
         f"{arguments[-1]}: config.{path} is of type {kind.__name__}; type "
         + _example(path, holder[key], kind)
       ) from None
+  if rate is not None:
+    rate *= stack.relative_rate(stack.resolve(config.optimizer, config.opt))
+    config.learning_rate = float(f"{rate:.6g}")
 
 
 def fields(config: ConfigDict) -> Iterator[str]:
@@ -246,10 +257,12 @@ def _check_used(config: ConfigDict, flags: Sequence[str]) -> None:
   Raises:
     UsageError: an option is another optimizer's, or the optimizer is unknown.
   """
+  # One command line may hold the learning rates of several optimizers.
   given = [
     (flag, flag.removeprefix("no").split(".")[2])
     for flag in flags
     if flag.removeprefix("no").startswith("config.opt.")
+    and not flag.endswith(".learning_rate")
   ]
   if not given or "optimizer" not in config:
     return

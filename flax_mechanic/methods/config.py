@@ -133,8 +133,9 @@ def make_optimizer(
       such as a dataclass, with a field `optimizer`. Its other fields are
       optional: `learning_rate`, `grad_clip`, `accumulate_steps`, `guard`,
       `freeze`, `no_decay`, and `opt`, a dict or a dataclass, name -> option ->
-      value. A field that is missing or None has its default. The default of a
-      dataclass's field `optimizer` is the job's own, as in
+      value. `opt.<name>.learning_rate` takes the place of `learning_rate` for
+      that optimizer. A field that is missing or None has its default. The
+      default of a dataclass's field `optimizer` is the job's own, as in
       `add_optimizer_config`.
     schedule: update count -> learning rate; None is constant. Without `peak`
       its peak is 1.0: optimizers tuned by hand use `config.learning_rate` times
@@ -142,8 +143,9 @@ def make_optimizer(
       the schedule. The present rate can be read in the state, and without a
       schedule also set: `optax.tree.set(state, learning_rate=...)`.
     peak: the largest value of a schedule that the job made for its old
-      optimizer. Optimizers tuned by hand then use `schedule` as it is and do
-      not read `config.learning_rate`, and bad gradients are not skipped unless
+      optimizer. Optimizers tuned by hand then use `schedule` as it is, unless
+      `config.opt.<name>.learning_rate` is set, and do not read
+      `config.learning_rate`, and bad gradients are not skipped unless
       `config.guard` is True: an unflipped run is the job's own, bit for bit.
       Learning-rate-free ones use `schedule / peak`.
     old_flags: as for `add_optimizer_config`, for a config that did not go
@@ -206,7 +208,8 @@ def _learning_rate(
       "above 0"
     )
   untouched = peak is not None and all(row.tuned for row in rows)
-  if schedule is not None and untouched:
+  own = stack.own_rate(rows, options)
+  if schedule is not None and untouched and own is None:
     return schedule
   rate = stack.peak(rows, options, given)
   if not 0 <= rate < math.inf:

@@ -1,14 +1,17 @@
 """What the flag adds around any method: its rate, averaging, freezing."""
 
+import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 from optax.schedules import InjectStatefulHyperparamsState
 
-from flax_mechanic.paths import matching
+from flax_mechanic.paths import matching, parameter_path
 
 
 def injected(
@@ -20,6 +23,8 @@ def injected(
   `optax.inject_hyperparams` keeps a schedule's count under the same name, so
   that `optax.tree.get` finds two (optax 0.2.8). Here the state has one value
   and is the same with a schedule and without.
+
+  The extra argument `rate_factor` multiplies the rate of one update.
 
   Args:
     build: learning rate, a float32 scalar -> the transformation.
@@ -38,9 +43,9 @@ def injected(
       count, {"learning_rate": value}, {}, build(value).init(params)
     )
 
-  def update(updates, state, params=None, **extra_args):
+  def update(updates, state, params=None, *, rate_factor=1.0, **extra_args):
     value = rate(state.count, state.hyperparams["learning_rate"])
-    tx = optax.with_extra_args_support(build(value))
+    tx = optax.with_extra_args_support(build(value * rate_factor))
     updates, inner_state = tx.update(
       updates, state.inner_state, params, **extra_args
     )
@@ -48,6 +53,100 @@ def injected(
     return updates, InjectStatefulHyperparamsState(
       count, {"learning_rate": value}, {}, inner_state
     )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def reduce_on_plateau(
+  tx: optax.GradientTransformation,
+  plateau: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+  """Reduces the learning rate inside `tx` by what `plateau` reduces updates by.
+
+  Reduced updates would differ from what the states of several methods remember
+  of them (mechanic's offset, schedule_free's iterates, cocob's positions).
+
+  Args:
+    tx: a transformation around `injected`.
+    plateau: `optax.contrib.reduce_on_plateau`.
+  """
+  tx = optax.with_extra_args_support(tx)
+
+  def init(params):
+    return tx.init(params), plateau.init(params)
+
+  def update(updates, state, params=None, **extra_args):
+    inner_state, reduced = state
+    factor, reduced = plateau.update(
+      jnp.ones([]), reduced, value=extra_args["value"]
+    )
+    extra_args["rate_factor"] = factor
+    updates, inner_state = tx.update(updates, inner_state, params, **extra_args)
+    return updates, (inner_state, reduced)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def matrices(
+  rules: Sequence[str], numbers: Callable[..., Any]
+) -> Callable[[optax.Params], Any]:
+  """Says which axes of each parameter are a matrix's rows and columns.
+
+  Args:
+    rules: "PATTERN AXES": a regular expression that is searched in a
+      parameter's path, and a letter for each of its axes: i, input; o, output;
+      b, neither. The first rule that fits a path and its number of axes counts;
+      rules without i or o make no matrix. Without a rule, two axes make one.
+    numbers: `numbers(reduction_axis, output_axis)`.
+
+  Returns:
+    Parameters -> a tree of `numbers(...)`, with None for what is no matrix.
+
+  Raises:
+    ValueError: a rule is not of that form.
+  """
+  for rule in rules:
+    if not re.fullmatch(r"\S+ [iob]+", rule):
+      raise ValueError(
+        f"matrices={rule!r} is not PATTERN AXES; type for example "
+        "'kernel iiio', a letter for each axis: i, input; o, output; b, neither"
+      )
+
+  def of_leaf(path, leaf):
+    found = "io" if leaf.ndim == 2 else ""
+    for pattern, axes in reversed([rule.split() for rule in rules]):
+      if len(axes) == leaf.ndim and re.search(pattern, parameter_path(path)):
+        found = axes
+    of = lambda letter: tuple(i for i, a in enumerate(found) if a == letter)
+    return numbers(of("i"), of("o")) if of("i") and of("o") else None
+
+  return lambda params: jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+def hutchinson(seed: int) -> optax.GradientTransformationExtraArgs:
+  """Estimates the diagonal of the Hessian as z * H z, with random signs z.
+
+  `optax.contrib.hutchinson_estimator_diag_hessian` differentiates the loss
+  itself, which is a device's own under `pmap` and `shard_map` (optax 0.2.8);
+  `grad_fn` is that of the whole batch.
+  """
+
+  def init(params):
+    del params
+    return contrib.HutchinsonState(jax.random.PRNGKey(seed))
+
+  def update(
+    updates: optax.Updates,
+    state: Any,
+    params: Any = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, contrib.HutchinsonState]:
+    del updates
+    grad_fn = extra_args["grad_fn"]
+    key, subkey = jax.random.split(state.key)
+    signs = optax.tree.random_like(subkey, params, jax.random.rademacher)
+    _, products = jax.jvp(grad_fn, (params,), (signs,))
+    return jax.tree.map(jnp.multiply, signs, products), state._replace(key=key)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -122,28 +221,28 @@ def measured(
 
   Args:
     tx: the transformation.
-    measure: `measure(updates, new_state, params)` returns name -> scalar, of
-      which "factor" multiplies the learning rate. It is not called that, so
-      that `optax.tree.get` finds one `learning_rate`.
+    measure: `measure(updates, new_state, params, gradient)` returns name ->
+      scalar, of which "factor" multiplies the learning rate. It is not called
+      that, so that `optax.tree.get` finds one `learning_rate`.
   """
   tx = optax.with_extra_args_support(tx)
 
   def init(params):
     inner_state = tx.init(params)
-    names = jax.eval_shape(measure, params, inner_state, params)
+    names = jax.eval_shape(measure, params, inner_state, params, params)
     return MeasuredState(
       inner_state, {name: jnp.zeros([], jnp.float32) for name in names}
     )
 
   def update(updates, state, params=None, **extra_args):
-    updates, inner_state = tx.update(
+    moved, inner_state = tx.update(
       updates, state.inner_state, params, **extra_args
     )
     scalars = {
       name: jnp.asarray(value, jnp.float32)
-      for name, value in measure(updates, inner_state, params).items()
+      for name, value in measure(moved, inner_state, params, updates).items()
     }
-    return updates, MeasuredState(inner_state, scalars)
+    return moved, MeasuredState(inner_state, scalars)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -164,7 +263,35 @@ def freeze(
       jnp.zeros_like, updates if params is None else params
     )
   )
-  return optax.partition({"train": tx, "freeze": still}, label)
+  parts = optax.partition({"train": tx, "freeze": still}, label)
+
+  def update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: Any = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    if "grad_fn" in extra_args:
+      extra_args["grad_fn"] = _of_part(extra_args["grad_fn"], params)
+    return parts.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(parts.init, update)
+
+
+def _of_part(
+  grad_fn: Callable[[optax.Params], optax.Updates], params: optax.Params
+) -> Callable[[optax.Params], optax.Updates]:
+  """Returns `grad_fn` for trees that have `optax.MaskedNode`s in the place of
+  leaves, which are then those of `params`.
+  """
+  is_masked = lambda node: isinstance(node, optax.MaskedNode)
+  choose = functools.partial(jax.tree.map, is_leaf=is_masked)
+
+  def grad_of_part(part):
+    whole = choose(lambda x, fixed: fixed if is_masked(x) else x, part, params)
+    return choose(lambda x, g: x if is_masked(x) else g, part, grad_fn(whole))
+
+  return grad_of_part
 
 
 def zero_gradients(patterns: Sequence[str]) -> optax.GradientTransformation:
@@ -198,12 +325,19 @@ def accumulate(
   `optax.MultiSteps` passes on the last batch's loss, and its
   `gradient_transformation()` none (optax 0.2.8).
   """
-  steps = optax.MultiSteps(tx, every)
+  tx = optax.with_extra_args_support(tx)
 
   def init(params):
+    steps = optax.MultiSteps(tx, every)
     return AccumulatedState(steps.init(params), jnp.zeros([], jnp.float32))
 
-  def update(updates, state, params=None, **extra_args):
+  def update(updates, state, params=None, *, grad_fn=None, **extra_args):
+    # A conditional's arguments are arrays.
+    given = {} if grad_fn is None else {"grad_fn": grad_fn}
+    bound = functools.partial(tx.update, **given)
+    steps = optax.MultiSteps(
+      optax.GradientTransformationExtraArgs(tx.init, bound), every
+    )
     value = state.value
     if "value" in extra_args:
       batches = state.steps.mini_step

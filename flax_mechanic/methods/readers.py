@@ -205,6 +205,12 @@ def dowg(state: contrib.DoWGState) -> Scalars:
   }
 
 
+def plateau(state: contrib.ReduceLROnPlateauState) -> Scalars:
+  """Reads by how much the learning rate is reduced."""
+  factor = jnp.asarray(state.scale)
+  return {"reduce_on_plateau/factor": factor, "learning_rate": factor}
+
+
 def measured(state: features.MeasuredState) -> Scalars:
   """Reads what `features.measured` kept."""
   found = dict(state.scalars)

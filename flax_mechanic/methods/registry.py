@@ -24,9 +24,12 @@ class Method:
       `build(base, learning_rate, **options)`; returns an optax transformation.
     options: option -> its default, or its type where the default is None. The
       option `base` names the wrapped row and makes this row a wrapper; the
-      option `learning_rate` is the peak of a row that is not tuned.
+      option `learning_rate` is the peak, which a row that is tuned takes from
+      `config.learning_rate` by default.
     tuned: whether the learning rate is tuned by hand. A tuned wrapper leaves it
       to its base; any other wrapper learns its base's learning rate.
+    relative_rate: of a tuned row, a learning rate to start from, over adamw's
+      in the same job; of a tuned wrapper, over its base's.
     needs: what a step must pass besides the gradient: "value", the loss;
       "grad_fn", parameters -> gradient on the same batch; "per_example", a
       gradient per example in place of the gradient.
@@ -57,6 +60,7 @@ class Method:
   build: Callable[..., optax.GradientTransformation]
   options: Mapping[str, Any]
   tuned: bool = True
+  relative_rate: float = 1.0
   needs: frozenset[str] = frozenset()
   schedule: str | None = "warmup_cosine"
   decay_mask: str | None = None
@@ -81,12 +85,26 @@ class Method:
     return "base" in self.options
 
   @property
+  def rate(self) -> str:
+    """Its learning rate where adamw's is 0.001, in words."""
+    if not self.tuned:
+      return "learned"
+    if not self.wraps:
+      return f"{1e-3 * self.relative_rate:g}"
+    times = f"{self.relative_rate:g} times " if self.relative_rate != 1 else ""
+    return f"{times}its base's"
+
+  @property
   def replaces_gradient(self) -> bool:
     """Whether it makes its own gradient, so that it must be outermost."""
-    return not self.needs.isdisjoint(("grad_fn", "per_example"))
+    return "per_example" in self.needs or (
+      self.wraps and "grad_fn" in self.needs
+    )
 
 
 _TABLE: dict[str, Method] = {}
+# What is not in the table: name -> why, and what to type instead.
+_LEFT_OUT: dict[str, str] = {}
 
 
 def methods() -> Mapping[str, Method]:
@@ -141,7 +159,7 @@ def register(
       scalar; or, if `options` has a `base`, `build(base, learning_rate,
       **options)`, where `learning_rate` is a schedule.
     options: option -> default, or -> type where the default is None; by default
-      those of `build`'s signature, without `learning_rate` for a tuned method.
+      those of `build`'s signature.
     **fields: further attributes of `Method`, such as `tuned` and `needs`.
 
   Returns:
@@ -158,7 +176,7 @@ def register(
     ...     optax.scale_by_learning_rate(learning_rate),
     ...   )
     >>> register("signum", signum, summary="sign of momentum").options
-    {'beta': 0.9}
+    {'beta': 0.9, 'learning_rate': <class 'float'>}
   """
   if not name.isidentifier():
     raise UsageError(f"optimizer name {name!r} must be a Python identifier")
@@ -168,8 +186,25 @@ def register(
     options = default_options(build)
   if fields.get("tuned", True):
     options = {k: v for k, v in options.items() if k != "learning_rate"}
+    if "base" not in options:
+      options["learning_rate"] = float
   _TABLE[name] = Method(name=name, build=build, options=options, **fields)
   return _TABLE[name]
+
+
+def leave_out(name: str, why: str) -> None:
+  """Has the flag say why it does not accept a name.
+
+  Args:
+    name: of an optimizer of optax.
+    why: the reason, and what to type instead; the end of a sentence.
+  """
+  _LEFT_OUT[name] = why
+
+
+def left_out() -> Mapping[str, str]:
+  """Returns what the flag does not accept: name -> why."""
+  return MappingProxyType(_LEFT_OUT)
 
 
 def describe() -> str:
@@ -179,12 +214,11 @@ def describe() -> str:
     >>> describe().splitlines()[2].strip()
     'learns the learning rate of any tuned optimizer; start here'
   """
-  facts = [("name", "learning rate", "needs", "schedule")]
+  facts = [("name", "learning rate if adamw's is 0.001", "needs", "schedule")]
   for row in _TABLE.values():
-    base = "its base's" if row.wraps else ""
-    rate = "learned" if not row.tuned else base or "tuned"
     needs = ", ".join(sorted(row.needs)) or "-"
-    facts.append((row.name, rate, needs, row.schedule or base))
+    schedule = row.schedule or "its base's"
+    facts.append((row.name, row.rate, needs, schedule))
   widths = [max(map(len, column)) for column in zip(*facts, strict=True)]
   head, *lines = (
     "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in facts
@@ -208,6 +242,8 @@ def get(name: str, field: str) -> Method:
   Raises:
     UsageError: there is no such row.
   """
+  if name in _LEFT_OUT and name not in _TABLE:
+    raise UsageError(f"{field}={name!r} is left out: {_LEFT_OUT[name]}")
   if name not in _TABLE:
     raise UsageError(
       f"{field}={name!r} is not an optimizer{did_you_mean(str(name), _TABLE)}"

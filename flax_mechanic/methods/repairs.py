@@ -86,19 +86,27 @@ def box_what_fits(
 
   Adafactor's factors, of one axis each, would stay in the boxes (Linen's
   `Partitioned`, NNX's variables) of kernels with two axes, whose annotations
-  cannot place them (optax 0.2.8, flax 0.12).
+  cannot place them; so would the states of sm3, novograd and galore (optax
+  0.2.8, flax 0.12).
   """
   tx = optax.with_extra_args_support(tx)
 
   def init(params):
     state = tx.init(params)
+    if not any(map(_is_box, jax.tree.leaves(state, is_leaf=_is_box))):
+      return state
     parameters = {
       parameter_path(path): leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    fits = lambda path, shape: parameter_of(path, shape, parameters) is not None
+
+    def fits(path, content):
+      if not hasattr(content, "shape"):  # A tree.
+        return False
+      return parameter_of(path, content.shape, parameters) is not None
+
     return jax.tree_util.tree_map_with_path(
-      lambda path, box: box if fits(path, _unbox(box).shape) else _unbox(box),
+      lambda path, box: box if fits(path, _unbox(box)) else _unbox(box),
       state,
       is_leaf=_is_box,
     )
@@ -119,7 +127,37 @@ def _is_box(node: Any) -> bool:
 
 
 def _unbox(node: Any) -> Any:
-  return jax.tree.leaves(node)[0] if _is_box(node) else node
+  """Returns what is in a box: an array, or a tree of some."""
+  if not _is_box(node):
+    return node
+  return jax.tree.leaves(node, is_leaf=lambda child: child is not node)[0]
+
+
+def without_empty_arrays(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Leaves arrays without elements out of the state.
+
+  Galore has one for each parameter that is no matrix (optax 0.2.8), and Orbax
+  saves none (0.12).
+  """
+  tx = optax.with_extra_args_support(tx)
+  without = lambda state: jax.tree.map(
+    lambda leaf: leaf if leaf.size else optax.MaskedNode(), state
+  )
+
+  def update(updates, state, params=None, **extra_args):
+    leaves = iter(jax.tree.leaves(state))
+    whole = jax.tree.map(
+      lambda like: next(leaves) if like.size else jnp.zeros_like(like),
+      jax.eval_shape(tx.init, updates),
+    )
+    updates, state = tx.update(updates, whole, params, **extra_args)
+    return updates, without(state)
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: without(tx.init(params)), update
+  )
 
 
 def skip_zeros(
@@ -182,6 +220,8 @@ def on_any_mesh(
     arrays = {k: v for k, v in extra_args.items() if is_array(v)}
     others = {k: v for k, v in extra_args.items() if not is_array(v)}
     shardings = others.pop("shardings", None) or Shardings.of(given)
+    if "grad_fn" in others:
+      others["grad_fn"] = _on_explicit_axes(others["grad_fn"], given)
 
     def automatic(updates, state, params, arrays):
       others["shardings"] = shardings.on(jax.sharding.get_abstract_mesh())
@@ -196,6 +236,25 @@ def on_any_mesh(
       return automatic_update(updates, state, params, arrays)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _on_explicit_axes(
+  grad_fn: Callable[[optax.Params], optax.Updates], given: optax.Params
+) -> Callable[[optax.Params], optax.Updates]:
+  """Returns `grad_fn`, which wants typed parameters, for automatic axes.
+
+  Args:
+    grad_fn: parameters -> gradient.
+    given: the parameters, typed, boxed or not.
+  """
+  specs = [jax.typeof(leaf).sharding.spec for leaf in jax.tree.leaves(given)]
+
+  def automatic(params: optax.Params) -> optax.Updates:
+    like = jax.tree.unflatten(jax.tree.structure(params), specs)
+    typed: Any = jax.sharding.explicit_axes(grad_fn, in_sharding=(like,))
+    return typed(params)
+
+  return automatic
 
 
 # The function is optax's, so it is replaced by one thread at a time.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -75,6 +76,19 @@ def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
       f"{field}={row.name!r} learns its learning rate itself, and so does "
       f"{learns[0]}; name a base that is tuned by hand, such as 'adamw'"
     )
+  reads = {"value": "the loss", "grad_fn": "another gradient"}
+  for need in row.needs & reads.keys():
+    if "per_example" in above[0].needs and not row.replaces_gradient:
+      raise UsageError(
+        f"{field}={row.name!r} reads {reads[need]}, which has no noise, so "
+        f"under {above[0].name} the run would not be private; name another "
+        "base, such as 'adamw'"
+      )
+  if "per_example" in row.needs and any("value" in r.needs for r in above):
+    raise UsageError(
+      f"{field}={row.name!r} hides the loss, which {above[0].name} reads; name "
+      "another base, such as 'adamw'"
+    )
   if row.replaces_gradient and above[0].replaces_gradient:
     raise UsageError(
       f"{field}={row.name!r} makes its own gradient, and so does "
@@ -93,12 +107,6 @@ def _check_pair(above: Sequence[Method], row: Method, field: str) -> None:
       f"{field}={row.name!r} makes its own gradient, so it must be "
       f"outermost; type {fix}"
     )
-  if "value" in row.needs and "per_example" in above[0].needs:
-    raise UsageError(
-      f"{field}={row.name!r} reads the loss, which has no noise, so under "
-      f"{above[0].name} the run would not be private; name another base, such "
-      "as 'adamw'"
-    )
   for upper in above:
     if row.name in upper.refuses:
       raise UsageError(
@@ -114,18 +122,38 @@ def peak(
 ) -> float:
   """Returns the peak learning rate: the method's own, or the user's.
 
+  Args:
+    rows: of the stack.
+    options: row name -> option -> value.
+    learning_rate: `config.learning_rate`.
+
   Raises:
     UsageError: the stack is tuned by hand and `learning_rate` is None.
   """
   for row in rows:
     if not row.tuned:
       return options[row.name].get("learning_rate", 1.0)
+  own = own_rate(rows, options)
+  if own is not None:
+    return own
   if learning_rate is None:
     raise UsageError(
       f"config.optimizer={rows[0].name!r} is tuned by hand and needs "
       "config.learning_rate; set it, or take --config.optimizer=mechanic"
     )
   return learning_rate
+
+
+def own_rate(rows: Sequence[Method], options: Options) -> float | None:
+  """Returns the option `learning_rate` of a row that is tuned, if it is set."""
+  if not all(row.tuned for row in rows):
+    return None
+  return options[rows[-1].name].get("learning_rate")
+
+
+def relative_rate(rows: Sequence[Method]) -> float:
+  """Returns a stack's learning rate to start from, over adamw's."""
+  return math.prod(row.relative_rate for row in rows)
 
 
 def schedule_name(rows: Sequence[Method]) -> str:
@@ -330,6 +358,8 @@ def _build_innermost(
       lambda matches: not matches, matching(no_decay, params)
     )
   _build_row(row, 1.0, **options)  # A bad option raises here, not in `init`.
-  return features.injected(
-    lambda learning_rate: row.build(learning_rate, **options), learning_rate
+  return repairs.box_what_fits(
+    features.injected(
+      lambda learning_rate: row.build(learning_rate, **options), learning_rate
+    )
   )

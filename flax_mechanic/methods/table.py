@@ -1,5 +1,8 @@
 """The table of optimizers: a row for each name that the flag accepts."""
 
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,11 +13,14 @@ from optax import contrib
 from flax_mechanic.mechanic import MechanicState, mechanize
 from flax_mechanic.methods import features, readers, repairs
 from flax_mechanic.methods.guard import guard
-from flax_mechanic.methods.registry import default_options, register
+from flax_mechanic.methods.registry import default_options, leave_out, register
 
 _MOVES_PARAMETERS = (
   "mechanic recovers its offset from the parameters, which schedule_free moves "
   "by itself"
+)
+_POSITIONS = (
+  "its updates lead to positions, and the wrapper adds them to another point"
 )
 
 
@@ -37,12 +43,12 @@ def _register_mechanic(
     tuned=False,
     schedule=None,
     unguarded={"spike_factor": 0.0},
-    refuses={"schedule_free": _MOVES_PARAMETERS},
+    refuses={"schedule_free": _MOVES_PARAMETERS, "madgrad": _POSITIONS},
     cautions=dict.fromkeys(
-      ("lars", "lamb"),
-      "mechanic over a method that normalizes its updates (lars, lamb) is not "
-      "what it was made for: its authors expect it to work with almost any "
-      "first-order optimizer except those",
+      ("lars", "lamb", "fromage"),
+      "mechanic over a method that normalizes its updates (lars, lamb, "
+      "fromage) is not what it was made for: its authors expect it to work "
+      "with almost any first-order optimizer except those",
     ),
     scalars={
       MechanicState: readers.mechanic,
@@ -70,87 +76,345 @@ _register_mechanic(
   advice="to compare with optax's; mechanic's own defaults are better",
 )
 
-register(
+# The types of options whose default is None in optax.
+_TYPES = {
+  "accumulator_dtype": str,
+  "consistent_rms": float,
+  "momentum": float,
+  "mu_dtype": str,
+  "weight_decay_rate": float,
+}
+
+
+def register_optax(
+  name: str,
+  summary: str,
+  advice: str,
+  paper: str,
+  *,
+  build: Any = None,
+  without: tuple[str, ...] = (),
+  options: Mapping[str, Any] = MappingProxyType({}),
+  **fields: Any,
+) -> None:
+  """Adds an optimizer of optax to the flag, with the options of its signature.
+
+  If this optax does not have it, the flag says so.
+
+  Args:
+    name: in optax or optax.contrib.
+    summary: as in `Method`.
+    advice: likewise.
+    paper: likewise.
+    build: `build(learning_rate, **options)`, by default optax's function.
+    without: arguments of that function to leave out.
+    options: more options, or other defaults.
+    **fields: more attributes of `Method`.
+  """
+  function = getattr(optax, name, getattr(contrib, name, None))
+  if function is None:
+    leave_out(
+      name,
+      f"optax {optax.__version__} does not have it; type pip install -U optax",
+    )
+    return
+  arguments = inspect.signature(function).parameters
+  types = {
+    key: kind
+    for key, kind in _TYPES.items()
+    if key in arguments and arguments[key].default is None
+  }
+  masks = ("mask", "weight_decay_mask")
+  register(
+    name,
+    build or function,
+    options=default_options(
+      function, without=(*masks, *without), **{**types, **options}
+    ),
+    decay_mask=next((mask for mask in masks if mask in arguments), None),
+    summary=summary,
+    advice=advice,
+    paper=paper,
+    **fields,
+  )
+
+
+register_optax(
   "adamw",
-  optax.adamw,
-  options=default_options(optax.adamw, mu_dtype=str),
-  decay_mask="mask",
-  summary="Adam with decoupled weight decay",
-  advice="the usual choice for transformers",
-  paper="Loshchilov, Hutter 2019, arXiv 1711.05101",
+  "Adam with decoupled weight decay",
+  "the usual choice for transformers",
+  "Loshchilov, Hutter 2019, arXiv 1711.05101",
 )
-register(
+register_optax(
   "adam",
-  optax.adam,
-  options=default_options(optax.adam, mu_dtype=str),
-  summary="adaptive moments",
-  advice="adamw, unless weight decay is unwanted",
-  paper="Kingma, Ba 2015, arXiv 1412.6980",
+  "adaptive moments",
+  "adamw, unless weight decay is unwanted",
+  "Kingma, Ba 2015, arXiv 1412.6980",
 )
-register(
+register_optax(
   "radam",
-  optax.radam,
-  summary="Adam whose early steps are rectified",
-  advice="needs no warm-up",
-  paper="Liu et al. 2020, arXiv 1908.03265",
+  "Adam whose early steps are rectified",
+  "needs no warm-up",
+  "Liu et al. 2020, arXiv 1908.03265",
+  relative_rate=3.0,
 )
-register(
+register_optax(
   "sgd",
-  optax.sgd,
-  options=default_options(optax.sgd, momentum=0.9, accumulator_dtype=str),
-  summary="SGD with momentum",
-  advice="the usual choice for convolutional networks",
-  paper="Sutskever et al. 2013, ICML",
+  "SGD with momentum",
+  "the usual choice for convolutional networks",
+  "Sutskever et al. 2013, ICML",
+  options={"momentum": 0.9},
+  relative_rate=10.0,
 )
-register(
+register_optax(
   "lion",
-  optax.lion,
-  options=default_options(optax.lion, mu_dtype=str),
-  decay_mask="mask",
-  summary="sign of momentum, half of Adam's state",
-  advice="a tenth of adamw's learning rate",
-  paper="Chen et al. 2023, arXiv 2302.06675",
+  "sign of momentum, half of Adam's state",
+  "a tenth of adamw's learning rate",
+  "Chen et al. 2023, arXiv 2302.06675",
+  relative_rate=0.1,
 )
-register(
+# The axes of a kernel that are a matrix's input (i) and output (o).
+_MATRICES = (
+  "(query|key|value)/kernel ioo",
+  "out/kernel iio",
+  "kernel iiio",
+)
+register_optax(
   "muon",
-  contrib.muon,
-  options=default_options(contrib.muon, mu_dtype=str, consistent_rms=float),
-  decay_mask="weight_decay_mask",
-  summary="orthogonalized momentum for matrices, Adam for the rest",
-  advice="transformers; a larger learning rate than adamw's",
-  paper="Jordan et al. 2024, kellerjordan.github.io/posts/muon",
+  "orthogonalized momentum for matrices, Adam for the rest",
+  "transformers; a larger learning rate than adamw's",
+  "Jordan et al. 2024, kellerjordan.github.io/posts/muon",
+  build=lambda learning_rate, matrices, **options: contrib.muon(
+    learning_rate,
+    muon_weight_dimension_numbers=features.matrices(
+      matrices, contrib.MuonDimensionNumbers
+    ),
+    **options,
+  ),
+  options={"matrices": _MATRICES},
+  relative_rate=3.0,
 )
-register(
+register_optax(
+  "galore",
+  "Adam in a subspace of each matrix's gradients",
+  "when Adam's state does not fit; a rank far below the matrices'",
+  "Zhao et al. 2024, arXiv 2403.03507",
+  build=lambda learning_rate, matrices, **options: repairs.without_empty_arrays(
+    contrib.galore(
+      learning_rate,
+      weight_dimension_numbers=features.matrices(
+        matrices, contrib.GaLoreDimensionNumbers
+      ),
+      **options,
+    )
+  ),
+  options={"matrices": _MATRICES},
+  relative_rate=3.0,
+)
+register_optax(
   "adafactor",
-  lambda learning_rate, **options: repairs.box_what_fits(
-    optax.adafactor(learning_rate, **options)
-  ),
-  options=default_options(
-    optax.adafactor, momentum=float, weight_decay_rate=float
-  ),
-  decay_mask="weight_decay_mask",
-  summary="Adam with factored second moments",
-  advice="when Adam's state does not fit; its rate is relative to the weights",
-  paper="Shazeer, Stern 2018, arXiv 1804.04235",
+  "Adam with factored second moments",
+  "when Adam's state does not fit; its rate is relative to the weights",
+  "Shazeer, Stern 2018, arXiv 1804.04235",
+  relative_rate=3.0,
 )
-register(
+register_optax(
+  "sm3",
+  "Adagrad with a second moment for each row and column",
+  "when Adam's state does not fit",
+  "Anil et al. 2019, arXiv 1901.11150",
+  build=lambda learning_rate, momentum: optax.sm3(
+    learning_rate, momentum or 0.0
+  ),
+  relative_rate=30.0,
+)
+register_optax(
   "lars",
-  optax.lars,
-  options=default_options(
-    optax.lars, without=("weight_decay_mask", "trust_ratio_mask")
-  ),
-  decay_mask="weight_decay_mask",
-  summary="SGD whose step is a fraction of each layer's norm",
-  advice="very large batches, convolutional networks; a rate of 1 and more",
-  paper="You, Gitman, Ginsburg 2017, arXiv 1708.03888",
+  "SGD whose step is a fraction of each layer's norm",
+  "very large batches, convolutional networks; a rate of 1 and more",
+  "You, Gitman, Ginsburg 2017, arXiv 1708.03888",
+  without=("trust_ratio_mask",),
+  relative_rate=300.0,
 )
-register(
+register_optax(
   "lamb",
-  optax.lamb,
-  decay_mask="mask",
-  summary="Adam whose step is a fraction of each layer's norm",
-  advice="very large batches, transformers",
-  paper="You et al. 2020, arXiv 1904.00962",
+  "Adam whose step is a fraction of each layer's norm",
+  "very large batches, transformers",
+  "You et al. 2020, arXiv 1904.00962",
+)
+register_optax(
+  "fromage",
+  "SGD whose step is a fraction of each layer's norm, and keeps it bounded",
+  "lars, which has momentum",
+  "Bernstein et al. 2020, arXiv 2002.03432",
+  relative_rate=3.0,
+)
+register_optax(
+  "adamax",
+  "Adam that divides by the largest gradient",
+  "sparse gradients, as of embeddings",
+  "Kingma, Ba 2015, arXiv 1412.6980",
+  relative_rate=3.0,
+)
+register_optax(
+  "adamaxw",
+  "adamax with decoupled weight decay",
+  "sparse gradients, as of embeddings",
+  "Loshchilov, Hutter 2019, arXiv 1711.05101",
+  relative_rate=3.0,
+)
+register_optax(
+  "nadam",
+  "Adam with Nesterov momentum",
+  "nadamw, unless weight decay is unwanted",
+  "Dozat 2016, ICLR workshop",
+)
+register_optax(
+  "nadamw",
+  "nadam with decoupled weight decay",
+  "in place of adamw",
+  "Dozat 2016, ICLR workshop",
+)
+register_optax(
+  "amsgrad",
+  "Adam whose second moment never falls",
+  "where Adam does not converge",
+  "Reddi, Kale, Kumar 2018, arXiv 1904.09237",
+)
+register_optax(
+  "adabelief",
+  "Adam that divides by the surprise in the gradient",
+  "noisy gradients",
+  "Zhuang et al. 2020, arXiv 2010.07468",
+)
+register_optax(
+  "acprop",
+  "adabelief that divides by the step before",
+  "noisy gradients",
+  "Zhuang et al. 2021, arXiv 2110.05454",
+  # With optax's 1e-16 a coordinate whose first gradient is 0 then moves by 1e8
+  # times the learning rate and more.
+  options={"eps": 1e-4},
+)
+register_optax(
+  "adopt",
+  "Adam that divides by the second moment of the steps before",
+  "any b2; gradients that are often 0",
+  "Taniguchi et al. 2024, arXiv 2411.02853",
+)
+register_optax(
+  "adan",
+  "Adam with Nesterov momentum of gradient differences",
+  "transformers; twice Adam's state",
+  "Xie et al. 2022, arXiv 2208.06677",
+)
+register_optax(
+  "ademamix",
+  "AdamW with a second, slow momentum",
+  "long runs: the slow momentum remembers 10000 steps",
+  "Pagliardini, Ablin, Grangier 2024, arXiv 2409.03137",
+)
+register_optax(
+  "simplified_ademamix",
+  "Adam with one momentum that does not forget its weight",
+  "large alpha with small batches, 0 with large ones",
+  "Morwani et al. 2025, arXiv 2502.02431",
+  relative_rate=0.003,
+)
+register_optax(
+  "novograd",
+  "Adam with one second moment a layer",
+  "half of Adam's state",
+  "Ginsburg et al. 2019, arXiv 1905.11286",
+  relative_rate=3.0,
+)
+register_optax(
+  "optimistic_adam_v2",
+  "Adam that anticipates the next gradient",
+  "adversarial losses",
+  "Daskalakis et al. 2017, arXiv 1711.00141",
+)
+register_optax(
+  "optimistic_gradient_descent",
+  "gradient descent that anticipates the next gradient",
+  "adversarial losses",
+  "Mokhtari, Ozdaglar, Pattathil 2019, arXiv 1901.08511",
+  relative_rate=10.0,
+)
+register_optax(
+  "rmsprop",
+  "gradients over their root mean square",
+  "recurrent networks, reinforcement learning",
+  "Hinton, Tieleman 2012, Coursera lecture 6.5",
+)
+register_optax(
+  "adagrad",
+  "gradients over the root of the sum of their squares",
+  "sparse features, convex losses",
+  "Duchi, Hazan, Singer 2011, JMLR 12",
+  relative_rate=30.0,
+)
+register_optax(
+  "adadelta",
+  "steps of the size of the steps before",
+  "a rate of 1 was meant to need no tuning",
+  "Zeiler 2012, arXiv 1212.5701",
+  relative_rate=1000.0,
+)
+register_optax(
+  "madgrad",
+  "dual averaging of gradients over the cube root of their squares",
+  "convolutional networks; a constant schedule",
+  "Defazio, Jelassi 2021, arXiv 2101.11075",
+)
+register_optax(
+  "sign_sgd",
+  "sign of the gradient, no state",
+  "gradients that are cheap to send",
+  "Bernstein et al. 2018, arXiv 1802.04434",
+  relative_rate=0.3,
+)
+register_optax(
+  "signum",
+  "sign of momentum",
+  "lion, its successor",
+  "Bernstein et al. 2018, arXiv 1802.04434",
+  relative_rate=0.3,
+)
+register_optax(
+  "rprop",
+  "a step for each coordinate that grows while its gradient keeps its sign",
+  "the whole data set in every batch",
+  "Riedmiller, Braun 1993, ICNN",
+  # Optax reads the rate in init alone, where a schedule may have it 0 (0.2.8).
+  build=lambda learning_rate, **options: optax.chain(
+    optax.rprop(1.0, **options), optax.scale(learning_rate)
+  ),
+  relative_rate=0.3,
+)
+register_optax(
+  "noisy_sgd",
+  "SGD with noise on the gradient that fades",
+  "very deep networks that are hard to start",
+  "Neelakantan et al. 2015, arXiv 1511.06807",
+  build=lambda learning_rate, seed, **options: optax.noisy_sgd(
+    learning_rate, key=seed, **options
+  ),
+  options={"seed": 0},
+  relative_rate=10.0,
+)
+register_optax(
+  "sophia",
+  "momentum over an estimate of the Hessian's diagonal, clipped",
+  "language models; another gradient in one of update_interval steps",
+  "Liu et al. 2023, arXiv 2305.14342",
+  build=lambda learning_rate, seed, **options: contrib.sophia(
+    learning_rate, hessian_diagonal_fn=features.hutchinson(seed), **options
+  ),
+  without=("hessian_diagonal_fn", "verbose", "print_win_rate_every_n_steps"),
+  options={"seed": 0},
+  needs=frozenset({"grad_fn"}),
+  relative_rate=0.1,
 )
 
 
@@ -236,7 +500,7 @@ register(
 
 
 def _cocob(learning_rate, alpha, **options):
-  def measure(updates, state, params):
+  def measure(updates, state, params, gradient):
     *_, betting = state
     rates = jax.tree.map(
       lambda L, G, R: (L + R) / (L * jnp.maximum(G + L, alpha * L)),
@@ -268,40 +532,48 @@ register(
 )
 
 
-def _momo_step(name, direction, learning_rate, weight_decay):
-  """Measures the step s of an update that is a decay - s d.
+def _capped(
+  name: str,
+  tx: optax.GradientTransformation,
+  direction: Callable[[Any, optax.Updates], optax.Updates],
+  learning_rate: jax.typing.ArrayLike,
+  weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+  """Measures the step s of updates that are a decay - s d.
 
   Args:
     name: of the method.
-    direction: new state -> d.
+    tx: the method.
+    direction: (its new state, gradient) -> d.
     learning_rate: the cap on s.
     weight_decay: of the method.
   """
+  learning_rate = jnp.asarray(learning_rate)
 
-  def measure(updates, state, params):
+  def measure(updates, state, params, gradient):
     decay = learning_rate * weight_decay / (1 + learning_rate * weight_decay)
     moved = jax.tree.map(lambda u, x: u + decay * x, updates, params)
-    length = optax.tree.norm(direction(state))
+    length = optax.tree.norm(direction(state, gradient))
     step = jnp.where(length > 0, optax.tree.norm(moved) / length, 0.0)
     # The effective learning rate has the cap as a factor already.
     fraction = jnp.where(learning_rate > 0, step / learning_rate, 0.0)
     return {f"{name}/step": step, "factor": fraction}
 
-  return measure
+  return features.measured(tx, measure)
 
 
 def _momo(learning_rate, **options):
-  measure = _momo_step(
+  return _capped(
     "momo",
-    lambda state: state.exp_avg,
-    jnp.asarray(learning_rate),
+    contrib.momo(learning_rate, **options),
+    lambda state, _: state.exp_avg,
+    learning_rate,
     options["weight_decay"],
   )
-  return features.measured(contrib.momo(learning_rate, **options), measure)
 
 
 def _momo_adam(learning_rate, **options):
-  def direction(state):
+  def direction(state, _):
     correction = 1 - options["b2"] ** state.count
     return jax.tree.map(
       lambda m, v: m / (options["eps"] + jnp.sqrt(v / correction)),
@@ -309,10 +581,23 @@ def _momo_adam(learning_rate, **options):
       state.exp_avg_sq,
     )
 
-  measure = _momo_step(
-    "momo_adam", direction, jnp.asarray(learning_rate), options["weight_decay"]
+  return _capped(
+    "momo_adam",
+    contrib.momo_adam(learning_rate, **options),
+    direction,
+    learning_rate,
+    options["weight_decay"],
   )
-  return features.measured(contrib.momo_adam(learning_rate, **options), measure)
+
+
+def _polyak_sgd(learning_rate, **options):
+  # Optax divides by its other rate, `scaling` (0.2.8).
+  return _capped(
+    "polyak_sgd",
+    optax.polyak_sgd(learning_rate, **options),
+    lambda _, gradient: gradient,
+    learning_rate,
+  )
 
 
 register(
@@ -336,6 +621,20 @@ register(
   summary="Adam whose step follows from the loss and a lower bound",
   advice="losses that are at least lower_bound; the rate is a cap",
   paper="Schaipp et al. 2023, arXiv 2305.07583",
+)
+
+
+register_optax(
+  "polyak_sgd",
+  "SGD whose step follows from the loss and its least value",
+  "losses whose least value, f_min, is reached; the rate is a cap",
+  "Loizou et al. 2020, arXiv 2002.10542",
+  build=_polyak_sgd,
+  without=("max_learning_rate", "scaling"),
+  options={"learning_rate": 1.0},
+  tuned=False,
+  needs=frozenset({"value"}),
+  scalars={features.MeasuredState: readers.measured},
 )
 
 
@@ -382,11 +681,13 @@ register(
   base_options={"b1": 0.0, "momentum": None},
   refuses={
     **dict.fromkeys(
-      ("lars", "muon", "momo", "prodigy", "dadapt_adamw"),
+      (
+        *("lars", "muon", "momo", "prodigy", "dadapt_adamw", "signum"),
+        *("ademamix", "simplified_ademamix", "galore"),
+      ),
       "its momentum cannot be switched off, and schedule_free has its own",
     ),
-    "cocob": "cocob's updates are positions, and schedule_free adds them to "
-    "another point",
+    **dict.fromkeys(("cocob", "madgrad"), _POSITIONS),
     **dict.fromkeys(("mechanic", "mechanize"), _MOVES_PARAMETERS),
   },
   eval_params={contrib.ScheduleFreeState: readers.schedule_free},
@@ -395,12 +696,31 @@ register(
   paper="Defazio et al. 2024, arXiv 2405.15682",
 )
 register(
+  "reduce_on_plateau",
+  lambda base, learning_rate, **options: features.reduce_on_plateau(
+    base, contrib.reduce_on_plateau(**options)
+  ),
+  options={
+    "base": "adamw",
+    **default_options(contrib.reduce_on_plateau, accumulation_size=10),
+  },
+  needs=frozenset({"value"}),
+  schedule=None,
+  scalars={contrib.ReduceLROnPlateauState: readers.plateau},
+  summary="reduces the learning rate when the loss stops falling",
+  advice="runs of unknown length, with a constant schedule; over any base",
+  paper="optax.contrib.reduce_on_plateau",
+)
+register(
   "split_real_and_imaginary",
   lambda base, learning_rate: repairs.hand_on(
     contrib.split_real_and_imaginary, base
   ),
   options={"base": "adamw"},
   schedule=None,
+  refuses={
+    "sophia": "its Hessian is that of real parameters",
+  },
   eval_params={contrib.SplitRealAndImaginaryState: readers.split},
   summary="gives the base real and imaginary parts as separate leaves",
   advice="complex parameters; over any base",
@@ -431,6 +751,7 @@ register(
   options=_PRIVACY | {"momentum": float, "nesterov": False},
   unguarded={"guarded": False},
   needs=frozenset({"per_example"}),
+  relative_rate=100.0,
   summary="SGD on clipped and noised per-example gradients",
   advice="differential privacy; large batches, no batch norm",
   paper="Abadi et al. 2016, arXiv 1607.00133",
@@ -446,4 +767,21 @@ register(
   summary="clipped and noised per-example gradients in front of any base",
   advice="differential privacy with another optimizer than SGD",
   paper="Abadi et al. 2016, arXiv 1607.00133",
+)
+
+leave_out(
+  "optimistic_adam",
+  "optax replaces it by another; type --config.optimizer=optimistic_adam_v2",
+)
+for _base in ("adamw", "sgd"):
+  leave_out(
+    f"schedule_free_{_base}",
+    "it is a wrapper with a base; type --config.optimizer=schedule_free "
+    f"--config.opt.schedule_free.base={_base}",
+  )
+leave_out(
+  "lbfgs",
+  "its line search evaluates the loss at up to 20 points a step, of which the "
+  "guard sees none; call optax.lbfgs in a step of your own, or type "
+  "--config.optimizer=polyak_sgd",
 )

@@ -142,8 +142,9 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
   flax_mechanic.make_optimizer(job)  # Raises now what would fail later.
   rows = stack.resolve(job.optimizer, job.opt.to_dict())
   tuned = all(row.tuned for row in rows)
-  peaks = sweep.learning_rates
-  rates = peaks.get(rows[-1].name, peaks.other) if tuned else sweep.factors
+  factor = stack.relative_rate(rows[-1:])
+  peaks = [float(f"{factor * rate:.6g}") for rate in sweep.learning_rates]
+  rates = peaks if tuned else sweep.factors
   return Unit(
     job=" ".join([file, *of_job]),
     interpolates=entry in config.interpolating,

@@ -297,6 +297,12 @@ register_optax(
   options={"eps": 1e-4},
 )
 register_optax(
+  "yogi",
+  "Adam whose second moment grows slowly",
+  "gradients of varying size",
+  "Zaheer et al. 2018, NeurIPS",
+)
+register_optax(
   "adopt",
   "Adam that divides by the second moment of the steps before",
   "any b2; gradients that are often 0",

@@ -18,14 +18,16 @@ _DECAY = 0.97
 # whatever its own size was.
 _OF_PART = 2.0
 _PART = 0.1
-# Sizes so many times apart have nothing to do with each other: the first
-# gradients were bad if a later one is so much smaller than all of them, and
-# unusual ones are of the same change if they are closer to each other.
-_APART = 50.0
-# So many unusual gradients of one change are a lasting one. A gradient is
-# unusually small if it is so many times smaller than the smallest of late;
-# where gradients vanish bit by bit, as on data that is memorized, none is.
+# The first gradients were bad if a later one is so many times smaller than the
+# smallest of them.
+_RESTART = 50.0
+# So many unusual gradients in a row are a lasting change. Their largest size is
+# the usual one then, but each raises it at most by this factor, so that a spike
+# among them does little. A gradient is unusually small if it is so many times
+# smaller than the smallest of late; where gradients vanish bit by bit, as on
+# data that is memorized, none is.
 _LASTING = 25
+_RISE = 2.0
 _SMALL = 20.0
 
 
@@ -37,9 +39,8 @@ class Sizes(NamedTuple):
       whole gradient, and those of its parts (leaves or groups of them); 0 where
       none was above 0 yet.
     least: the smallest norm of the whole of late, scalar.
-    pending: the largest norms of a change that may last, like `peak`.
-    unusual: int32 scalar, how many gradients were of that change, since the
-      last one that was not unusual.
+    pending: what `peak` will be if the sizes stay unusual.
+    unusual: int32 scalar, how many in a row were unusual.
     young: int32 scalar, how many gradients are still to come that count as the
       first ones.
     skipped: int32 scalar, gradients skipped so far.
@@ -98,9 +99,9 @@ def judge(
   - So is a spike: the norm of the whole is more than `factor` times the largest
     one of late, or that of a part is more than twice as many times. A bad
     gradient does not change what is known, so that any number of them is told
-    from good ones. But after 25 unusual gradients without a usual one between
-    them, that are less than 50 times apart, their size is the usual one. Right
-    after a bad gradient, half of `factor`'s default is enough for a spike.
+    from good ones. But after 25 unusual gradients in a row, the size that they
+    have is the usual one. Right after a bad gradient, twice the largest norm is
+    enough for a spike.
   - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
@@ -130,20 +131,15 @@ def judge(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
   is_young = (state.young > 0) & may_restart
-  restart = judged & is_young & (_APART * norm < state.least)
+  restart = judged & is_young & (_RESTART * norm < state.least)
   is_small = judged & (_SMALL * norm < state.least)
 
-  # A spike while sizes change, such as one before it, is not of the change.
-  begins = (state.unusual == 0) | (_APART * norm < state.pending[0])
-  belongs = begins | (norm < _APART * state.pending[0])
-  unusual = jnp.where(begins, 1, state.unusual + belongs)
-  unusual = jnp.where(is_spike | is_small, unusual, 0)
-  pending = jnp.where(
-    begins,
-    norms,
-    jnp.where(belongs, jnp.maximum(norms, state.pending), state.pending),
+  unusual = jnp.where(is_spike | is_small, state.unusual + 1, 0)
+  before = jnp.where(
+    unusual > 1, state.pending, jnp.where(is_spike, state.peak, norms)
   )
-  lasting = belongs & (unusual >= _LASTING)
+  pending = jnp.clip(norms, before, _RISE * before)
+  lasting = unusual >= _LASTING
   ok = finite & ~restart & (~is_spike | lasting)
   # Unless zeros come first, of which nothing follows.
   known = (norm > 0) | (peak > 0)

@@ -8,7 +8,8 @@ import sys
 import jax
 import pytest
 
-from train.cost import data, measure, updates
+from configs import text
+from train.cost import data, measure, saving, updates
 from train.cost.updates import UPDATES
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -70,3 +71,15 @@ def test_text_of_two_sizes_is_measured(capsys, monkeypatch):
   rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
   assert [row[1].strip() for row in rows] == ["MB", "---", "1", "2"]
   assert {len(row) for row in rows} == {10}
+
+
+@pytest.mark.slow
+def test_turns_with_a_save_and_without_are_measured(capsys, monkeypatch):
+  tiny = text.get_config("tiny")
+  tiny.checkpoint_every = 2
+  monkeypatch.setattr(saving.text, "get_config", lambda: tiny)
+  saving.main(["2"])
+  rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+  names = ["", "---", "no save", "a save every 2 steps"]
+  assert [row[1].strip() for row in rows] == names
+  assert all(cell.strip() for cell in rows[-1][1:-1])

@@ -124,11 +124,14 @@ def check_pip(words):
       assert {*found[1].split(",")} <= extras.keys(), word
 
 
-# By tests/test_benchmark.py, tests/test_guard.py and tests/test_supervise.py.
+# By tests/test_benchmark.py, tests/test_guard.py, tests/test_replicas.py and
+# tests/test_supervise.py.
 TESTED_ELSEWHERE = (
   "train.benchmark",
   "train.faults",
   "train.cost.data",
+  "train.cost.restores",
+  "train.cost.saving",
   "train.faults.gradients",
   "train.supervise",
 )

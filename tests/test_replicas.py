@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from flax_mechanic import Checkpointer
 from flax_mechanic.checkpoints import replicas, storage
+from train.cost import restores
 from train.faults.bucket import Bucket
 
 ROOT = Path(__file__).parent.parent
@@ -177,3 +178,13 @@ def test_each_byte_is_read_once(bucket):
   ratios = json.loads(outputs[0].splitlines()[-1])
   assert len(ratios) == 4
   assert max(ratio for _, ratio in ratios) < 1.2, ratios
+
+
+@pytest.mark.slow
+def test_what_is_served_is_measured(capsys):
+  restores.main(["1"])
+  head, _, row = capsys.readouterr().out.splitlines()
+  assert head.count("|") == row.count("|")
+  count, *times = row.split("|")[1:-1]
+  assert int(count) == 1
+  assert all(1 <= float(each) < 1.2 for each in times)

@@ -10,7 +10,7 @@ from flax_mechanic.methods import stack
 from tests import network
 
 # A learning rate of adamw that is good for digits in 200 steps.
-ADAMW_RATE = 3e-2
+ADAMW_RATE = 2e-2
 NAMES = list(methods())
 
 

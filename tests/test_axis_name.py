@@ -87,6 +87,27 @@ def test_a_split_batch_is_a_whole_one(method, map_):
   close(found[1], expected[1])
 
 
+@pytest.mark.parametrize(
+  "map_", [in_shard_map, pytest.param(in_pmap, marks=pytest.mark.slow)]
+)
+def test_an_estimate_of_the_hessian_is_the_whole_batch_s(map_):
+  def step(state, inputs, targets, key, axis_name="batch"):
+    del key
+    return state.minimize(network.loss, inputs, targets, axis_name=axis_name)
+
+  state = TrainState.create(
+    apply_fn=None, params=network.params(), tx=build("sophia")
+  )
+  whole = jax.jit(functools.partial(step, axis_name=None))
+  found, expected = (
+    optax.tree.get(train(each, state)[0].opt_state, "nu")
+    for each in (map_(step), whole)
+  )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7)
+  jax.tree.map(close, found, expected)
+  assert np.abs(expected["head"]).max() > 1e-4
+
+
 @pytest.mark.parametrize("method", ["momo", "dpsgd"])
 def test_an_nnx_model_on_a_split_batch(method):
   def loss_fn(model, inputs, targets):

@@ -300,7 +300,7 @@ def test_a_first_update_of_nothing_is_safe(name, zero):
       assert_finite(x, state)
     losses.append(float(loss))
   assert_finite(x, state)
-  assert np.mean(losses[-10:]) < 0.7 * losses[0]
+  assert np.mean(losses[-10:]) < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("name", ROWS)

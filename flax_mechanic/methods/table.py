@@ -325,7 +325,7 @@ register_optax(
   "Adam with one momentum that does not forget its weight",
   "large alpha with small batches, 0 with large ones",
   "Morwani et al. 2025, arXiv 2502.02431",
-  relative_rate=0.003,
+  relative_rate=0.004,
 )
 register_optax(
   "novograd",
@@ -345,7 +345,7 @@ register_optax(
   "gradient descent that anticipates the next gradient",
   "adversarial losses",
   "Mokhtari, Ozdaglar, Pattathil 2019, arXiv 1901.08511",
-  relative_rate=10.0,
+  relative_rate=20.0,
 )
 register_optax(
   "rmsprop",
@@ -407,7 +407,7 @@ register_optax(
     learning_rate, key=seed, **options
   ),
   options={"seed": 0},
-  relative_rate=10.0,
+  relative_rate=20.0,
 )
 register_optax(
   "sophia",

@@ -20,7 +20,7 @@ from flax_mechanic.mechanic import sizes
 from flax_mechanic.methods.features import accumulate
 from flax_mechanic.methods.guard import GuardState, guard
 from tests import network
-from tests.optimizers import KINDS, cases, configure
+from tests.optimizers import ADAMW_RATE, KINDS, cases, configure
 from train import loop
 from train.faults import gradients
 from train.tasks.digits import Digits
@@ -245,7 +245,8 @@ def test_schedules_follow_the_job_s_steps():
   for factor in (1.0, np.nan, np.nan):
     state, _ = step(state, network.batch(0), factor)
   rate = flax_mechanic.scalars(state.opt_state)["learning_rate/effective"]
-  np.testing.assert_allclose(rate, 1e-2 * (1 - 0.5 * 2 / 100), rtol=1e-6)
+  expected = ADAMW_RATE * (1 - 0.5 * 2 / 100)
+  np.testing.assert_allclose(rate, expected, rtol=1e-6)
   assert optax.tree.get(state.opt_state, "mu")["head"].any()
 
 

@@ -43,12 +43,17 @@ def _register_mechanic(
     tuned=False,
     schedule=None,
     unguarded={"spike_factor": 0.0},
-    refuses={"schedule_free": _MOVES_PARAMETERS, "madgrad": _POSITIONS},
+    refuses={
+      "schedule_free": _MOVES_PARAMETERS,
+      "madgrad": _POSITIONS,
+      "fromage": "its steps are as large as the weights, which they make grow, "
+      "so that mechanic diverges",
+    },
     cautions=dict.fromkeys(
-      ("lars", "lamb", "fromage"),
-      "mechanic over a method that normalizes its updates (lars, lamb, "
-      "fromage) is not what it was made for: its authors expect it to work "
-      "with almost any first-order optimizer except those",
+      ("lars", "lamb"),
+      "mechanic over a method that normalizes its updates (lars, lamb) is not "
+      "what it was made for: its authors expect it to work with almost any "
+      "first-order optimizer except those",
     ),
     scalars={
       MechanicState: readers.mechanic,

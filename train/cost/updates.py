@@ -80,10 +80,12 @@ def register_reference() -> None:
 
 def bases() -> Sequence[str]:
   """Returns the rows that any of the updates can be over."""
+  rows = flax_mechanic.methods()
   return [
     name
-    for name, row in flax_mechanic.methods().items()
+    for name, row in rows.items()
     if row.tuned and not row.wraps and not row.needs
+    if name not in rows[FLAG].refuses
   ]
 
 

@@ -436,6 +436,8 @@ def test_a_killed_run_resumes_in_a_bucket_as_in_a_folder(
   said(plot, f"{run}/run")
   assert (folder / "run/metrics.png").stat().st_size
   said(export, f"{run}/run", f"{run}/model")
+  assert export.main([f"{run}/run", "gs://gone/model"]) == 2
+  assert "there is no such bucket" in capsys.readouterr().err
   adopted = said(
     main, *job, f"--workdir={run}/second", f"--config.init_from={run}/run"
   )

@@ -46,7 +46,10 @@ _TROUBLES = (
     "list and delete its objects",
     r"\b403\b|Forbidden|PERMISSION_DENIED|AccessDenied|PermissionError",
   ),
-  ("there is no such bucket", r"NoSuchBucket|bucket does not exist"),
+  (
+    "there is no such bucket",
+    r"NoSuchBucket|bucket does not exist|NOT_FOUND: Error writing",
+  ),
   (
     "it does not answer",
     r"\b(408|429|500|502|503|504)\b|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|"

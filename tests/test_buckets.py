@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import flax_mechanic
@@ -18,7 +19,7 @@ from configs import text as text_config
 from flax_mechanic import Checkpointer, UsageError
 from flax_mechanic.checkpoints import lock, storage
 from tests.references import assert_same
-from train import export, files, inspect, main, plot
+from train import export, files, flags, inspect, main, plot
 from train.tasks import corpus, make_task
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +153,28 @@ def test_trouble_is_of_buckets_alone(monkeypatch):
   assert storage.trouble(None, error) is None
 
 
+def test_orbax_saves_in_s3(monkeypatch):
+  def base(scheme):
+    address = f"{scheme}://bucket/run/1"
+    return tensorstore_utils.build_kvstore_tspec(address, "w")["base"]
+
+  in_gs = base("gs")
+  # Once this fails, `storage._teach_s3` can go.
+  with pytest.raises(ValueError, match="should be absolute"):
+    base("s3")
+  for module, name in (
+    (gcs_utils, "get_kvstore_for_gcs"),
+    (tensorstore_utils, "_use_gcs_driver"),
+    (tensorstore_utils, "_normalize_path"),
+  ):
+    monkeypatch.setattr(module, name, getattr(module, name))
+  storage._teach_s3()
+  assert base("gs") == in_gs
+  assert base("s3") == in_gs | {"driver": "s3"}
+  on_disk = tensorstore_utils.build_kvstore_tspec("/run/1", "w")["base"]
+  assert on_disk["path"] == "/run/1/"
+
+
 def test_there_is_no_such_bucket(bucket):
   with pytest.raises(UsageError, match="there is no such bucket"):
     Checkpointer("gs://gone/run")
@@ -252,6 +275,26 @@ def test_what_is_logged_is_appended_unless_something_else_is_started(
     log.write(line)
     log.close()
   assert files.log(path).read() == b"1\n2\n"
+
+
+def test_what_is_deleted_may_be_gone(bucket, folder, monkeypatch):
+  """The answer to a first request was lost."""
+  kind = type(storage.file_system(folder))
+  call = kind._call
+
+  async def twice(self, method, *arguments, **options):
+    if method == "DELETE":
+      await call(self, method, *arguments, **options)
+    return await call(self, method, *arguments, **options)
+
+  monkeypatch.setattr(kind, "_call", twice)
+  flags.check_workdir(folder)
+  for _ in range(2):
+    log = files.log(storage.path(folder) / "metrics.jsonl")
+    log.start(b"1\n")
+  assert [each.name for each in on_disk(bucket, folder).iterdir()] == [
+    "metrics.jsonl.0002-000000"
+  ]
 
 
 def test_what_is_logged_is_there_after_the_interval(

@@ -145,7 +145,8 @@ class Segments:
       self._put(data)
     with _writing(self._path):
       for name in (each for run in earlier.values() for each in run):
-        self._fs.rm_file(name)
+        with contextlib.suppress(FileNotFoundError):  # A repeated request.
+          self._fs.rm_file(name)
 
   def write(self, data: bytes) -> None:
     """Appends, and raises what went wrong before."""

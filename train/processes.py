@@ -14,6 +14,7 @@ import numpy as np
 from jax._src import distributed  # It has no public name.
 from jax.experimental import multihost_utils
 
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from train import files
 from train.flags import Processes
@@ -101,7 +102,7 @@ def check_agreement(config: str, workdir: Any) -> None:
   seen = path.exists()
   multihost_utils.sync_global_devices("the file has been looked for")
   if jax.process_index() == 0:
-    path.unlink()
+    storage.delete(path)
   _check_all(
     seen,
     f"does not see what process 0 writes to --workdir={workdir}; give a "

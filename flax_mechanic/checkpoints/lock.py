@@ -228,7 +228,8 @@ class Lease:
     except FileNotFoundError:  # It has been renewed, or released.
       return 0.0
     finally:
-      self._fs.rm_file(probe)
+      with contextlib.suppress(FileNotFoundError):  # A repeated request.
+        self._fs.rm_file(probe)
     return age.total_seconds()
 
   def _advance(self, lapsed: Mapping[int, Any] | None = None) -> bool:

@@ -4,6 +4,7 @@ A bucket has no rename, no lock and no append. What needs its own way there is
 here, in `Lease` and in the logs of `train`.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -117,6 +118,15 @@ def file_system(folder: Any) -> Any:
   import fsspec
 
   return fsspec.filesystem(str(folder).partition("://")[0])
+
+
+def delete(path: Any) -> None:
+  """Deletes a file, which may be gone.
+
+  A request to a bucket is repeated where its answer was lost.
+  """
+  with contextlib.suppress(FileNotFoundError):
+    path.unlink()
 
 
 def trouble(folder: Any, error: BaseException | None) -> str | None:
@@ -329,6 +339,8 @@ def _connect(scheme: str) -> None:
   tensorstore_utils._build_ocdbt_kvstore_tspec = functools.partial(
     _spec, tensorstore_utils._build_ocdbt_kvstore_tspec
   )
+  if scheme == "s3":
+    _teach_s3()
 
 
 def _spec(
@@ -344,6 +356,29 @@ def _spec(
   if _GAP in spec:
     spec[_GAP] = 4095
   return spec
+
+
+def _teach_s3() -> None:
+  """Has Orbax save arrays in s3://.
+
+  Orbax 0.12.8 takes such an address for a folder that is not absolute.
+  """
+  from orbax.checkpoint._src.path import gcs_utils
+  from orbax.checkpoint._src.serialization import tensorstore_utils
+
+  in_gs = gcs_utils.get_kvstore_for_gcs
+
+  def in_bucket(address: str) -> dict[str, Any]:
+    if not address.startswith("s3://"):
+      return in_gs(address)
+    name, _, folder = address.removeprefix("s3://").partition("/")
+    return {"driver": "s3", "bucket": name, "path": folder}
+
+  vars(gcs_utils)["get_kvstore_for_gcs"] = in_bucket
+  vars(tensorstore_utils)["_use_gcs_driver"] = is_bucket
+  vars(tensorstore_utils)["_normalize_path"] = lambda address: _BUCKET.sub(
+    r"\1://", os.path.normpath(address)
+  )
 
 
 def _refuse(path: Path, kind: str) -> None:

@@ -52,6 +52,8 @@ class Bucket(NamedTuple):
     """Has a share of the requests fail from now on.
 
     Of those that fail with 5xx, half are carried out, and the answer is lost.
+    Parts of a resumable upload are not, as the emulator would not know of a
+    finished one, of which a bucket says again that it is.
     """
     self._control({"share": share, "status": status})
 
@@ -176,7 +178,9 @@ def _serve(folder: str) -> None:
       status = int(control["status"])
       if rng.random() >= control["share"]:
         self._answer(method)
-      elif status >= 500 and rng.random() < 0.5:
+      elif (
+        status >= 500 and "upload_id" not in self.path and rng.random() < 0.5
+      ):
         client, self.wfile = self.wfile, io.BytesIO()
         self._answer(method)
         self.wfile = client

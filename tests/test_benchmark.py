@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -75,11 +76,12 @@ def test_text_of_two_sizes_is_measured(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_turns_with_a_save_and_without_are_measured(capsys, monkeypatch):
-  tiny = text.get_config("tiny")
-  tiny.checkpoint_every = 2
-  monkeypatch.setattr(saving.text, "get_config", lambda: tiny)
+  tiny = lambda: text.get_config("tiny")
+  monkeypatch.setattr(saving, "text", SimpleNamespace(get_config=tiny))
   saving.main(["2"])
-  rows = [line.split("|") for line in capsys.readouterr().out.splitlines()]
-  names = ["", "---", "no save", "a save every 2 steps"]
-  assert [row[1].strip() for row in rows] == names
-  assert all(cell.strip() for cell in rows[-1][1:-1])
+  head, _, row = capsys.readouterr().out.splitlines()
+  assert head.count("|") == row.count("|") == 5
+  step, waiting, _, cost = row.split("|")[1:-1]
+  assert float(step) > 0
+  assert float(waiting) > 0
+  assert cost.strip().endswith("%")

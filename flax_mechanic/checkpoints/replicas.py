@@ -1,9 +1,9 @@
 """Reads each byte of an array on one process, and shares it with the others.
 
 Orbax has each process read all that its devices hold, and the whole of a chunk
-of which they hold a part; a chunk is what one device wrote. Its own handler
-that reads one replica (0.12.8) refuses a process with devices of two replicas
-and an array that is split over the replicas' axis, and its sums lose -0.0.
+of which they hold a part; a chunk is what one device wrote. Its handler that
+reads one replica (0.12.8) leaves all reading to that replica's processes, takes
+no array that is split over the replicas' axis, and by its sums loses -0.0.
 """
 
 import functools

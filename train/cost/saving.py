@@ -1,14 +1,15 @@
 r"""What saving in the background costs the loop.
 
-  python -m train.cost.saving [TURNS]
+  python -m train.cost.saving [PAIRS]
 
-trains the text job in turns of as many steps as its checkpoint_every, on all
-devices. Every second turn begins with a save, which goes on in the background;
-the others have none. It prints a row for each kind, of 6 turns by default.
+trains the text job, on all devices, in turns of ten steps. One turn begins with
+a save, which goes on in the background and has ended when the turn has; the
+next one has none. It prints medians, of 20 pairs of turns by default.
 
+step     ms, without a save
 waiting  ms until save returns
-step     ms of a step, all of its turn's time counted
-cost     how much longer a step takes than without
+save     ms by which the turn with a save is longer
+cost     the same, as a part of the steps between two checkpoints of the job
 """
 
 import contextlib
@@ -16,8 +17,10 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 
 import flax_mechanic
 from configs import text
@@ -25,54 +28,52 @@ from train import prefetch
 from train.job import make_job
 from train.tables import format_table
 
-_TURNS = 6
+_PAIRS = 20
+_STEPS = 10
 
 
 def main(arguments: list[str]) -> None:
   """Measures and prints the table."""
-  turns = 2 * int(arguments[0] if arguments else _TURNS)
+  pairs = int(arguments[0]) if arguments else _PAIRS
+  # The first pair compiles.
+  _, *turns = itertools.islice(_turns(), 1 + pairs)
+  with_save, without, waiting = 1000 * np.array(turns).T
+  step = np.median(without) / _STEPS
+  save = np.median(with_save - without)
+  cost = save / (step * text.get_config().checkpoint_every)
+  row = [f"{step:.1f}", f"{np.median(waiting):.0f}", f"{save:.0f}"]
+  head = ["step", "waiting", "save", "cost"]
+  print(format_table([head, [*row, f"{cost:.1%}"]]))
+
+
+def _turns() -> Iterator[tuple[float, float, float]]:
+  """Yields the seconds of a turn with a save, of one without, and waiting."""
   config = text.get_config()
   config.optimizer = "mechanic"
-  every = config.checkpoint_every
   job = make_job(config)
-  waiting, seconds = 0.0, [0.0, 0.0]
   with (
     jax.set_mesh(job.mesh),
     tempfile.TemporaryDirectory() as folder,
     flax_mechanic.Checkpointer(folder) as checkpointer,
     contextlib.closing(
-      prefetch.ahead(job.train_batch, range((2 + turns) * every))
+      prefetch.ahead(job.train_batch, itertools.count())
     ) as batches,
   ):
     state = job.create()
-    for turn in range(-2, turns):  # The first two compile.
-      saves = turn % 2 == 0
-      begun = time.perf_counter()
-      if saves:
-        checkpointer.save(turn + 3, state, config=config)
-      saved = time.perf_counter()
-      for batch in itertools.islice(batches, every):
-        state, _ = job.train_step(state, batch)
-      jax.block_until_ready(state)
-      if turn >= 0:
-        seconds[saves] += time.perf_counter() - begun
-        waiting += saved - begun
-      checkpointer.wait()
-  without, with_saves = (1000 * 2 * each / turns / every for each in seconds)
-  print(
-    format_table(
-      [
-        ["", "waiting", "step", "cost"],
-        ["no save", "", f"{without:.1f}", ""],
-        [
-          f"a save every {every} steps",
-          f"{2000 * waiting / turns:.0f}",
-          f"{with_saves:.1f}",
-          f"{with_saves / without - 1:.1%}",
-        ],
-      ]
-    )
-  )
+    for pair in itertools.count(1):
+      seconds, waiting = {}, 0.0
+      for saves in (True, False):
+        jax.block_until_ready(state)
+        begun = time.perf_counter()
+        if saves:
+          checkpointer.save(pair, state, config=config)
+          waiting = time.perf_counter() - begun
+        for batch in itertools.islice(batches, _STEPS):
+          state, _ = job.train_step(state, batch)
+        jax.block_until_ready(state)
+        checkpointer.wait()
+        seconds[saves] = time.perf_counter() - begun
+      yield seconds[True], seconds[False], waiting
 
 
 if __name__ == "__main__":

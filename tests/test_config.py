@@ -492,7 +492,7 @@ def test_a_peak_replaces_the_learning_rate_of_the_config():
       flax_mechanic.make_optimizer(config, half, peak=peak)
 
 
-@pytest.mark.parametrize("name", optimizers.NAMES)
+@pytest.mark.parametrize("name", optimizers.KINDS)
 def test_a_state_has_one_learning_rate(name):
   tx = flax_mechanic.make_optimizer(make_config(optimizer=name))
   found = optax.tree.get_all_with_path(

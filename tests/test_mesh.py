@@ -371,7 +371,7 @@ def test_a_checkpoint_goes_on_elsewhere(tmp_path, name, places):
 # On explicit axes a step is partitioned as on automatic ones, and typed too.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name", ["prodigy", "schedule_free", "sam", "dpsgd", "muon"]
+  "name", ["prodigy", "schedule_free", "sam", "dpsgd", "muon", "sophia"]
 )
 def test_kinds_of_optimizers_on_a_mesh(name):
   def losses(devices, **sizes):

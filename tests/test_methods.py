@@ -303,7 +303,7 @@ def test_a_first_update_of_nothing_is_safe(name, zero):
   assert np.mean(losses[-10:]) < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", optimizers.KINDS)
 def test_eager_states_can_be_donated_with_the_parameters(name):
   step, one = row_step(name), jnp.float32(1.0)
   ends = []
@@ -337,7 +337,7 @@ def test_bfloat16_parameters_keep_every_dtype(name):
   assert np.isfinite(loss)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", optimizers.KINDS)
 def test_reanchoring_is_a_fresh_start(name):
   tx = row(name)
   step, one = row_step(name), jnp.float32(1.0)

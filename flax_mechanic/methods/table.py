@@ -246,6 +246,7 @@ register_optax(
   "Adam whose step is a fraction of each layer's norm",
   "very large batches, transformers",
   "You et al. 2020, arXiv 1904.00962",
+  relative_rate=3.0,
 )
 register_optax(
   "fromage",
@@ -425,7 +426,7 @@ register_optax(
   without=("hessian_diagonal_fn", "verbose", "print_win_rate_every_n_steps"),
   options={"seed": 0},
   needs=frozenset({"grad_fn"}),
-  relative_rate=0.1,
+  relative_rate=0.3,
 )
 
 

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.slow
 def test_prints_a_row_an_update_in_each_table():
   output = subprocess.run(
-    [sys.executable, "-m", "train.benchmark", "--quick", "--rounds=3"],
+    [sys.executable, "-m", "train.benchmark", "--quick", "--rounds=1"],
     cwd=ROOT,
     env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
     check=True,

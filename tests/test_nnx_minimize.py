@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import flax_mechanic
 from flax_mechanic import UsageError, mechanize
 from tests.by_hand import build
-from tests.optimizers import KINDS, learning_rate
+from tests.optimizers import STEPS, learning_rate
 
 
 class Model(nnx.Module):
@@ -421,8 +421,8 @@ def job(optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_every_method_takes_flax_s_mnist_job(name):
+@pytest.mark.parametrize("name", STEPS)
+def test_every_kind_of_step_takes_flax_s_mnist_job(name):
   rate = {"learning_rate": learning_rate(name)}
   objects, optimizer, step = job(build(name, **rate))
   total = 0

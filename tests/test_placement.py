@@ -98,18 +98,15 @@ def check_state(state, params, specs):
 
 
 def train_state_cases():
-  """Yields every combination for some methods, and two for each other kind.
-
-  Those are both types of axes, one of them split further, in turns.
-  """
+  """Yields every combination for some methods, and one for each other kind."""
   for i, name in enumerate(optimizers.KINDS):
     if name in ("mechanic", "prodigy"):
       for axis_type, shard_over in itertools.product(AXIS_TYPES, SHARD_OVER):
         yield pytest.param(name, axis_type, shard_over)
       continue
-    for j, axis_type in enumerate(AXIS_TYPES):
-      shard_over = SHARD_OVER[(i + j) % 2]
-      yield pytest.param(name, axis_type, shard_over, marks=pytest.mark.slow)
+    yield pytest.param(
+      *(name, AXIS_TYPES[i % 2], SHARD_OVER[i // 2 % 2]), marks=pytest.mark.slow
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,17 +161,15 @@ class Model(nnx.Module):
 def cases():
   """Yields every combination for mechanic, and three for each other kind.
 
-  Those are both types of axes, the one split further that is not split for a
-  TrainState, each with another way in which the placement is known, in turns;
-  and one of them with the state in host memory. A plain row has that one.
+  Those are both types of axes, one of them split further, each with another way
+  in which the placement is known, in turns; and one of them with the state in
+  host memory.
   """
   ways = list(itertools.product([True, False], [True, False]))
   meshes = list(itertools.product(AXIS_TYPES, SHARD_OVER))
-  for i, name in enumerate(optimizers.NAMES):
+  for i, name in enumerate(optimizers.KINDS):
     whole = name == "mechanic"
     for j, (axis_type, shard_over) in enumerate(meshes):
-      if name not in optimizers.KINDS:
-        continue
       if not whole and shard_over == SHARD_OVER[(i + j // 2) % 2]:
         continue
       for annotated, jitted in ways if whole else [ways[(i + j) % 4]]:

@@ -100,15 +100,17 @@ def box_what_fits(
       for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
-    def fits(path, content):
-      if not hasattr(content, "shape"):  # A tree.
-        return False
-      return parameter_of(path, content.shape, parameters) is not None
+    def keep_if_it_fits(path, box):
+      content = _unbox(box)
+      # `optax.masked` empties boxes.
+      fits = not jax.tree.leaves(box) or (
+        hasattr(content, "shape")
+        and parameter_of(path, content.shape, parameters) is not None
+      )
+      return box if fits else content
 
     return jax.tree_util.tree_map_with_path(
-      lambda path, box: box if fits(path, _unbox(box)) else _unbox(box),
-      state,
-      is_leaf=_is_box,
+      keep_if_it_fits, state, is_leaf=_is_box
     )
 
   def update(updates, state, params=None, **extra_args):
@@ -121,13 +123,11 @@ def box_what_fits(
 
 
 def _is_box(node: Any) -> bool:
-  """Whether it is a box with an array in it; `optax.masked` empties boxes."""
-  boxes = meta.AxisMetadata | nnx.Variable
-  return isinstance(node, boxes) and bool(jax.tree.leaves(node))
+  return isinstance(node, meta.AxisMetadata | nnx.Variable)
 
 
 def _unbox(node: Any) -> Any:
-  """Returns what is in a box: an array, or a tree of some."""
+  """Returns what is in a box: an array, a tree of some, or nothing."""
   if not _is_box(node):
     return node
   return jax.tree.leaves(node, is_leaf=lambda child: child is not node)[0]

@@ -52,7 +52,14 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
       model = objects["optimizer"].eval_model(objects["model"])
       return nnx.state(model, nnx.Not(nnx.RngState))
 
-    with jax.set_mesh(job.mesh), ocp.StandardCheckpointer() as writer:
+    # By default Orbax renames in s3://.
+    whole = ocp.path.atomicity.CommitFileTemporaryPath
+    with (
+      jax.set_mesh(job.mesh),
+      ocp.StandardCheckpointer(
+        temporary_path_class=whole if storage.is_bucket(out) else None
+      ) as writer,
+    ):
       needed = _needed(exported, job.target)
       restored = checkpointer.restore(needed, part=True)
       # Of everything else the shape is enough.

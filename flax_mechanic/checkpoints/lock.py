@@ -215,9 +215,15 @@ class Lease:
       owner = self._fs.cat_file(self._object(number)).decode()
     except FileNotFoundError:  # It has been renewed, or released.
       return False
-    machine, _, process = owner.partition(" ")
-    pid = process.partition(" ")[0]
-    return machine == _machine() and not os.path.exists(f"/proc/{pid}")
+    if not owner.startswith(f"{_machine()} "):
+      return False
+    try:
+      os.kill(int(owner.split()[1]), 0)  # Only asks whether it is there.
+    except ProcessLookupError:
+      return True
+    except PermissionError:  # It is another user's.
+      pass
+    return False
 
   def _age(self, number: int) -> float:
     """Returns how old an object is, by the bucket's own clock."""

@@ -157,7 +157,7 @@ def _kill(job: Job, folder: Path, kills: int, first: float, seed: int) -> int:
   done = 0
   with _supervised(job, folder, kills) as supervisor:
     while done < kills:
-      delay = rng.uniform(0, 1.2 * first)
+      delay = rng.uniform(0, 1.5 * first)
       with contextlib.suppress(subprocess.TimeoutExpired):
         supervisor.wait(delay)
         break

@@ -107,8 +107,8 @@ def save_composite(path, tree):
     ("adamw", save_standard),
     ("adamw", save_managed),
     ("adamw", save_composite),
-    ("sgd", save_standard),
-    ("lion", save_standard),
+    pytest.param("sgd", save_standard, marks=pytest.mark.slow),
+    pytest.param("lion", save_standard, marks=pytest.mark.slow),
   ],
 )
 def test_a_plain_run_under_mechanic(tmp_path, base, save):
@@ -229,7 +229,9 @@ def with_delta_alone(state, leaf_scales):
   return {"params": state.params, "opt_state": saved}
 
 
-@pytest.mark.parametrize("groups", ["", ".*"])
+@pytest.mark.parametrize(
+  "groups", [pytest.param("", marks=pytest.mark.slow), ".*"]
+)
 def test_x0_is_recovered_from_delta(tmp_path, groups):
   options = {"groups": groups}
   state = ours(options | {"relative_s_init": 0.01})

@@ -68,9 +68,15 @@ def train(step, state):
 @pytest.mark.parametrize(
   ("method", "map_"),
   [
-    *((method, in_pmap) for method in METHODS),
-    ("mechanic", in_shard_map),
+    ("mechanic", in_pmap),
     ("dpsgd", in_shard_map),
+    *(
+      pytest.param(*each, marks=pytest.mark.slow)
+      for each in (
+        *((method, in_pmap) for method in METHODS if method != "mechanic"),
+        ("mechanic", in_shard_map),
+      )
+    ),
   ],
 )
 def test_a_split_batch_is_a_whole_one(method, map_):

@@ -50,7 +50,9 @@ FLAGS = {"groups": ".*", "relative_s_init": 0.01, "mean_decay": True}
     (AxisType.Explicit, facts.compile_optimizer, FLAGS),
     (AxisType.Explicit, compile_train_state, FLAGS),
     *(
-      (axis_type, compile_train_state, options)
+      pytest.param(
+        *(axis_type, compile_train_state, options), marks=pytest.mark.slow
+      )
       for axis_type in (AxisType.Auto, AxisType.Explicit)
       for options in ({}, {"x0_dtype": "bfloat16"})
     ),

@@ -28,7 +28,9 @@ def evaluate(job, state):
   return float(np.mean([loss["eval/loss"] for loss in losses]))
 
 
-@pytest.mark.parametrize("axis_type", ["auto", "explicit"])
+@pytest.mark.parametrize(
+  "axis_type", ["auto", pytest.param("explicit", marks=pytest.mark.slow)]
+)
 def test_a_run_starts_from_another_on_another_mesh(source, axis_type):
   config = make_config(
     mesh__data=2,

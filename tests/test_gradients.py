@@ -75,8 +75,14 @@ def test_an_aggregate_over_adamw_is_adamw_on_the_aggregate(x64, run):
   assert_close(job.params, expected, 1e-7)
 
 
-@in_nnx_and_linen
-@pytest.mark.parametrize("name", ["dpsgd", AGGREGATE])
+@pytest.mark.parametrize(
+  ("run", "name"),
+  [
+    (NnxRun, AGGREGATE),
+    pytest.param(LinenRun, AGGREGATE, marks=pytest.mark.slow),
+    pytest.param(NnxRun, "dpsgd", marks=pytest.mark.slow),
+  ],
+)
 def test_the_noise_has_the_deviation_that_was_asked_for(run, name):
   # The clipped gradients are lost in it.
   fields = under(name, l2_norm_clip=1e-3, noise_multiplier=3e3)
@@ -252,7 +258,9 @@ def on_explicit_mesh(name, specs, rows):
   return loss, state.params
 
 
-@pytest.mark.parametrize("name", ["dpsgd", AGGREGATE])
+@pytest.mark.parametrize(
+  "name", ["dpsgd", pytest.param(AGGREGATE, marks=pytest.mark.slow)]
+)
 def test_a_gradient_per_example_on_an_explicit_mesh(name):
   mesh = jax.make_mesh(
     (4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2

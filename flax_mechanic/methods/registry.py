@@ -169,13 +169,13 @@ def register(
     UsageError: the name is taken or is not an identifier.
 
   Example:
-    >>> def signum(learning_rate, beta=0.9):
+    >>> def half_sign(learning_rate, beta=0.9):
     ...   return optax.chain(
     ...     optax.trace(beta),
     ...     optax.scale_by_sign(),
     ...     optax.scale_by_learning_rate(learning_rate),
     ...   )
-    >>> register("signum", signum, summary="sign of momentum").options
+    >>> register("half_sign", half_sign, summary="sign of momentum").options
     {'beta': 0.9, 'learning_rate': <class 'float'>}
   """
   if not name.isidentifier():

@@ -294,6 +294,14 @@ def test_a_kernel_of_many_axes_is_updated_as_a_matrix(x64, name):
   assert np.linalg.matrix_rank(np.asarray(folded - 1).reshape(4, 6)) > 1
 
 
+def test_galore_keeps_no_empty_arrays():
+  params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+  sizes = lambda tx: {leaf.size for leaf in jax.tree.leaves(tx.init(params))}
+  assert 0 not in sizes(build("galore", None, **under("galore", rank=2)))
+  # Once this fails, `repairs.without_empty_arrays` can go.
+  assert 0 in sizes(contrib.galore(1.0, rank=2))
+
+
 @pytest.mark.parametrize("rule", ["kernel", "kernel io1", "a b io"])
 def test_a_rule_for_matrices_that_is_none(rule):
   words = "config.opt.muon: matrices=.* is not PATTERN AXES; type for example"

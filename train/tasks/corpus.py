@@ -25,7 +25,7 @@ _WORTH_AN_INDEX = 64_000_000
 # A request to a bucket takes about the time of so many.
 _REQUEST = 100_000
 _CHUNK = 2**20
-# How many files are read at a time to find which are text.
+# How many objects of a bucket are read at a time to find which are text.
 _AT_A_TIME = 16
 
 
@@ -75,7 +75,8 @@ def find_text(
     else:
       index[path] = [*stamps[path], int(is_text)]
 
-  with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
+  workers = _AT_A_TIME if storage.is_bucket(folder) else 1
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     for _ in pool.map(look, new):
       pass
   found = {}

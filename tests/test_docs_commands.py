@@ -219,6 +219,7 @@ def runs(page):
     and words[2].startswith("train.")
     and words[2] not in TESTED_ELSEWHERE
     and not any(word.startswith("--coordinator") for word in words)
+    and not any("gs://" in word for word in words)
     and not {"--help", "--config.optimizer=help"} & {*words}
   ]
 

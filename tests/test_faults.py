@@ -557,7 +557,7 @@ def run(workdir, *arguments, limit="unlimited"):
   ("limit", "words", "option"),
   [
     (4, "error: ", "--config.log_every=20"),
-    (8, "events.out.tfevents", "--config.log_every=1"),
+    (12, "events.out.tfevents", "--config.log_every=1"),
     (200, "error: saving into", "--config.model.widths=(512, 512)"),
   ],
   ids=["config", "metrics", "arrays"],

@@ -179,7 +179,10 @@ def what_stays(state):
   def without(node):
     if isinstance(node, InjectStatefulHyperparamsState):
       return what_stays(node.inner_state)
-    return None if is_apart(node) else node
+    if is_apart(node):
+      return None
+    is_key = jax.dtypes.issubdtype(node.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(node) if is_key else node
 
   return jax.tree.map(without, state, is_leaf=is_apart)
 

@@ -554,16 +554,19 @@ def run(workdir, *arguments, limit="unlimited"):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("limit", "words", "option"),
+  ("limit", "words", "options"),
   [
-    (4, "error: ", "--config.log_every=20"),
-    (12, "events.out.tfevents", "--config.log_every=1"),
-    (200, "error: saving into", "--config.model.widths=(512, 512)"),
+    (4, "error: ", []),
+    (
+      *(12, "events.out.tfevents"),
+      ["--config.log_every=1", "--config.checkpoint_every=120"],
+    ),
+    (200, "error: saving into", ["--config.model.widths=(512, 512)"]),
   ],
   ids=["config", "metrics", "arrays"],
 )
-def test_a_full_disk(tmp_path, limit, words, option):
-  more = ["--config.num_steps=120", option]
+def test_a_full_disk(tmp_path, limit, words, options):
+  more = ["--config.num_steps=120", *options]
   process = run(tmp_path, *more, limit=limit)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 2

@@ -231,7 +231,7 @@ def check_workdir(workdir: str) -> None:
     probe = path / f".probe_{secrets.token_hex(8)}"
     try:
       probe.write_bytes(b"")
-      storage.delete(probe)
+      probe.unlink(missing_ok=True)  # A request may be repeated.
     except Exception as error:  # Whatever a bucket's client raises.
       raise storage.failure(
         f"--workdir={workdir}", "cannot be written", error

@@ -14,7 +14,6 @@ import numpy as np
 from jax._src import distributed  # It has no public name.
 from jax.experimental import multihost_utils
 
-from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from train import files
 from train.flags import Processes
@@ -102,7 +101,7 @@ def check_agreement(config: str, workdir: Any) -> None:
   seen = path.exists()
   multihost_utils.sync_global_devices("the file has been looked for")
   if jax.process_index() == 0:
-    storage.delete(path)
+    path.unlink(missing_ok=True)  # A request to a bucket may be repeated.
   _check_all(
     seen,
     f"does not see what process 0 writes to --workdir={workdir}; give a "

@@ -234,8 +234,7 @@ class Lease:
     except FileNotFoundError:  # It has been renewed, or released.
       return 0.0
     finally:
-      with contextlib.suppress(FileNotFoundError):  # A repeated request.
-        self._fs.rm_file(probe)
+      self._remove(probe)
     return age.total_seconds()
 
   def _advance(self, lapsed: Mapping[int, Any] | None = None) -> bool:
@@ -249,12 +248,10 @@ class Lease:
       if self._fs.cat_file(self._object(new)) != self._owner.encode():
         return False
     if self._objects().keys() - known - {new}:
-      with contextlib.suppress(FileNotFoundError):
-        self._fs.rm_file(self._object(new))
+      self._remove(self._object(new))
       return False
     for number in known:
-      with contextlib.suppress(FileNotFoundError):
-        self._fs.rm_file(self._object(number))
+      self._remove(self._object(number))
     self._number, self._renewed = new, start
     return True
 
@@ -283,6 +280,11 @@ class Lease:
       return {}
     names = {each["name"].rpartition("/")[2]: each for each in found}
     return {int(name): each for name, each in names.items() if name.isdecimal()}
+
+  def _remove(self, name: str) -> None:
+    # It may be gone: a request is repeated where its answer was lost.
+    with contextlib.suppress(FileNotFoundError):
+      self._fs.rm_file(name)
 
   def _object(self, number: int) -> str:
     return f"{self._folder}/{number:012d}"

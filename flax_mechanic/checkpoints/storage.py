@@ -4,7 +4,6 @@ A bucket has no rename, no lock and no append. What needs its own way there is
 here, in `Lease` and in the logs of `train`.
 """
 
-import contextlib
 import functools
 import logging
 import os
@@ -118,15 +117,6 @@ def file_system(folder: Any) -> Any:
   import fsspec
 
   return fsspec.filesystem(str(folder).partition("://")[0])
-
-
-def delete(path: Any) -> None:
-  """Deletes a file, which may be gone.
-
-  A request to a bucket is repeated where its answer was lost.
-  """
-  with contextlib.suppress(FileNotFoundError):
-    path.unlink()
 
 
 def trouble(folder: Any, error: BaseException | None) -> str | None:

@@ -1,18 +1,20 @@
 r"""What bad gradients cost: the loss with them over the one without.
 
   python -m train.faults.gradients [--config=configs/digits.py:mlp] [--seeds=3]
-      [--num_steps=400] [--method="LABEL: FIELD=VALUE ..."] ...
+      [--num_steps=400] [--method="LABEL: FIELD=VALUE ..."] ... [--chance]
 
 --config=FILE    the job
 --seeds=N        runs of each kind, of which the median and the worst count
 --num_steps=N    of a run
 --method=METHOD  in place of those in configs/faults.py: NAME of an optimizer,
                  or LABEL and fields of the job; may be given several times
+--chance         no bad gradients: in each row one of another step is 1.01 times
+                 as large
 
 prints two tables, with --config.guard=False and with the guard: a row for each
 kind of bad gradients, a column for each method, median/worst (gradients that
-were skipped). The first row's gradient is only 1.01 times as large, so it shows
-what is chance. The last rows' gradients change for good.
+were skipped), and how many medians are above 1.5, those of the last rows aside,
+whose gradients change for good. The first row is one of --chance.
 """
 
 import argparse
@@ -39,6 +41,9 @@ from train.tables import format_table
 # Factors of the gradient, [steps, leaves].
 Factors = np.ndarray
 
+# What kinds that are no fault but another size are called.
+_LASTING = "from half way on"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs and prints the tables."""
@@ -49,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--num_steps", type=int, default=400)
   parser.add_argument("--method", action="append")
+  parser.add_argument("--chance", action="store_true")
   arguments = parser.parse_args(argv)
   config = flags.load_config(arguments.config)
   config.num_steps = arguments.num_steps
@@ -61,9 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
       named = [each.partition("=")[::2] for each in fields]
       flags.override(job, [(f"config.{name}", value) for name, value in named])
       job.guard = guard
-      columns[label] = measure(job, arguments.seeds)
+      columns[label] = measure(job, arguments.seeds, arguments.chance)
     print(f"{'with' if guard else 'without'} the guard:\n")
-    print(format_table(list(_rows(columns))), end="\n\n", flush=True)
+    print(format_table(list(_rows(columns))), end="\n\n")
+    medians = [
+      np.median(cost.ratios)
+      for costs in columns.values()
+      for kind, cost in costs.items()
+      if _LASTING not in kind
+    ]
+    above = sum(median > 1.5 for median in medians)
+    print(f"{above} of {len(medians)} medians above 1.5\n", flush=True)
 
 
 class Cost(NamedTuple):
@@ -79,12 +93,15 @@ class Cost(NamedTuple):
   skipped: int
 
 
-def measure(config: ConfigDict, seeds: int) -> Mapping[str, Cost]:
+def measure(
+  config: ConfigDict, seeds: int, chance: bool = False
+) -> Mapping[str, Cost]:
   """Trains with each kind of bad gradients, on one device.
 
   Args:
     config: the job.
     seeds: how many.
+    chance: whether the kinds are those of --chance.
 
   Returns:
     Kind -> what it costs.
@@ -117,7 +134,7 @@ def measure(config: ConfigDict, seeds: int) -> Mapping[str, Cost]:
   with jax.set_mesh(mesh):
     abstract = job_lib.Functions(tasks[0], config, tx).abstract
     leaves = len(jax.tree.leaves(nnx.state(abstract["model"], nnx.Param)))
-    kinds = dict(_kinds(config.num_steps, leaves))
+    kinds = dict(_kinds(config.num_steps, leaves, chance))
     compiled = jax.jit(jax.vmap(run, (0, None, None)))
     of_kinds = jnp.asarray(np.stack(list(kinds.values())))
     results = [
@@ -133,7 +150,9 @@ def measure(config: ConfigDict, seeds: int) -> Mapping[str, Cost]:
   return {kind: found[kind] for kind in list(kinds)[1:]}
 
 
-def _kinds(steps: int, leaves: int) -> Iterator[tuple[str, Factors]]:
+def _kinds(
+  steps: int, leaves: int, chance: bool
+) -> Iterator[tuple[str, Factors]]:
   """Yields names and factors; the first is that of an undisturbed run."""
   good = np.ones((steps, leaves), np.float32)
 
@@ -145,7 +164,10 @@ def _kinds(steps: int, leaves: int) -> Iterator[tuple[str, Factors]]:
   quarter, half = steps // 4, steps // 2
   every = lambda n: quarter + n * np.arange(min(10, (steps - quarter) // n))
   yield "none", good
-  yield "1.01, at step 5", with_bad(4, 1.01)
+  for step in range(5, steps - 40 if chance else 6, 10):
+    yield f"1.01, at step {step}", with_bad(step - 1, 1.01)
+  if chance:
+    return
   for value in (1e2, 1e3, 1e4, 1e6, 1e9, 1e30, np.inf, np.nan):
     yield f"{value:g}, ten of them", with_bad(every(10), value)
   for value in (1e2, 1e6):
@@ -165,7 +187,7 @@ def _kinds(steps: int, leaves: int) -> Iterator[tuple[str, Factors]]:
   yield "0, the first 20", with_bad(np.arange(20), 0.0)
   for value in (1e4, 1e-4):
     yield (
-      f"{value:g}, from half way on",
+      f"{value:g}, {_LASTING}",
       with_bad(np.arange(half, steps), value),
     )
 

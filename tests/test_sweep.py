@@ -9,7 +9,7 @@ from matplotlib import image
 
 import configs.sweep
 from train.sweep import __main__ as sweep
-from train.sweep import comparison, plan
+from train.sweep import comparison, plan, random_search
 
 ARGUMENTS = [
   "--config=configs/sweep.py",
@@ -303,6 +303,7 @@ def test_comparison():
   assert tuned["loss"] == pytest.approx(2.0005)
   assert tuned["loss_sd"] == pytest.approx(0.001 / np.sqrt(2))
   assert result.loc[("b", "adamw"), "learning_rate"] == 0.2
+  assert tuned["ratio_best"] == 1.0
   # What learns its rate is taken as it is.
   assert result.loc[("a", "ours"), "learning_rate"] == 1.0
   assert result.loc[("a", "ours"), "ratio"] == pytest.approx(3.0005 / 2.0005)
@@ -319,6 +320,28 @@ def test_comparison():
   assert seen.loc[("b", "ours"), "ratio"] == pytest.approx(9.0005 / 1.0005)
 
 
+def test_the_best_tuned_is_chosen_by_what_it_is_tuned_by():
+  rows = list(make_rows())
+  # Better where it counts, but not where it is tuned.
+  other = [
+    row
+    | {"method": "sgd", "validation/loss": 8.0, "test/loss": 1.0}
+    | {"train/loss": row["train/loss"] and row["train/loss"] / 2}
+    for row in rows
+    if row["method"] == "adamw" and row["step"]
+  ]
+  result = comparison.compare(comparison.frame([*rows, *other]))
+  result = result.set_index(["job", "method"])
+  assert result.loc[("a", "ours"), "ratio_best"] == pytest.approx(
+    3.0005 / 2.0005
+  )
+  assert result.loc[("b", "ours"), "ratio_best"] == pytest.approx(0.0205 / 0.01)
+  assert result.loc[("b", "adamw"), "ratio_best"] == 1.0
+  untuned = [row for row in rows if row["method"] == "ours"]
+  result = comparison.compare(comparison.frame(untuned))
+  assert result["ratio_best"].isna().all()
+
+
 def test_the_interval_draws_seeds_for_both_methods_at_once():
   result = comparison.compare(comparison.frame(list(make_rows())))
   own = result[(result["job"] == "a") & (result["method"] == "ours")]
@@ -327,6 +350,42 @@ def test_the_interval_draws_seeds_for_both_methods_at_once():
   result = comparison.compare(comparison.frame(one_seed))
   assert np.isnan(comparison.interval(result)).all()
   assert " to " not in comparison.tables(comparison.frame(one_seed))
+
+
+def test_random_search():
+  losses = {
+    ("adamw", 1e-4): (1.0, 3.0),
+    ("adamw", 1e-2): (3.0, 3.0),
+    ("ours", 1.0): (2.0, 0.5),
+    ("sgd", 1e-2): (0.0, 0.0),
+  }
+  data = pd.DataFrame(
+    {
+      "job": "a",
+      "num_steps": 10,
+      "step": 10,
+      "floor": 0.0,
+      "method": method,
+      "tuned": method != "ours",
+      "learning_rate": rate,
+      "loss": loss,
+    }
+    for (method, rate), of_rate in losses.items()
+    for loss in of_rate
+  )
+  (found,) = random_search.searches(data)
+  assert (found.job, found.num_steps, found.method) == ("a", 10, "ours")
+  # 1e-4 stands for two of five decades, and is better with one seed of two.
+  np.testing.assert_allclose(found.better, [0.2, 0.0])
+  np.testing.assert_allclose(found.chance([1, 2]), [0.1, 0.18])
+  # 0.8^7 > 0.2 > 0.8^8
+  assert found.tries(0.4) == 8
+  assert found.tries(0.5) == np.inf
+  assert "| ours " in random_search.table(data)
+  # What reached the smallest loss that counts is not beaten.
+  (found,) = random_search.searches(data.assign(floor=2.0))
+  np.testing.assert_allclose(found.better, [0.0, 0.0])
+  assert random_search.table(data[data["method"] != "adamw"]) == ""
 
 
 def test_usable_learning_rates():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from train.sweep import random_search
 from train.tables import format_table
 
 # The smallest training loss that counts, as a fraction of the initial one; at
@@ -81,6 +82,7 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     "tuned", "floor"; "loss", "accuracy" and their standard deviations over
     seeds, "loss_sd" and "accuracy_sd"; "losses" and "losses_first", the losses
     of the method and of the first one by seed; "ratio" of the two's means;
+    "ratio_best" to the tuned method that tunes best, NaN if none is tuned;
     "points" of accuracy above the first method's; "failed", how many runs ended
     with a loss that is not finite.
   """
@@ -92,6 +94,7 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     loss=("loss", "mean"),
     loss_sd=("loss", "std"),
     losses=("loss", np.array),
+    tuning=("tuning", "mean"),
     accuracy=("accuracy", "mean"),
     accuracy_sd=("accuracy", "std"),
     floor=("floor", "first"),
@@ -104,10 +107,13 @@ def compare(data: pd.DataFrame) -> pd.DataFrame:
     on=_CASE,
     suffixes=("", "_first"),
   )
+  tuned = result[result["tuned"]]
+  best = tuned.loc[tuned.groupby(_CASE)["tuning"].idxmin(), [*_CASE, "loss"]]
+  of = of.merge(best, on=_CASE, how="left", suffixes=("", "_best"))
   result["losses_first"] = of["losses_first"]
-  result["ratio"] = np.maximum(of["loss"], of["floor"]) / np.maximum(
-    of["loss_first"], of["floor"]
-  )
+  loss, floor = np.maximum(of["loss"], of["floor"]), of["floor"]
+  result["ratio"] = loss / np.maximum(of["loss_first"], floor)
+  result["ratio_best"] = loss / np.maximum(of["loss_best"], floor)
   result["points"] = of["accuracy"] - of["accuracy_first"]
   return result
 
@@ -139,9 +145,8 @@ def tables(data: pd.DataFrame) -> str:
   if len(memorized):
     parts.append(_ratios(memorized, "held-out loss"))
   parts += [_by_job(result, n) for n in dict.fromkeys(result["num_steps"])]
-  if ranges := _ranges(data):
-    parts.append(ranges)
-  return "\n\n".join(parts)
+  parts += [_ranges(data), random_search.table(data)]
+  return "\n\n".join(filter(None, parts))
 
 
 def _summary(result: pd.DataFrame, memorized: pd.DataFrame) -> str:
@@ -164,6 +169,7 @@ def _summary(result: pd.DataFrame, memorized: pd.DataFrame) -> str:
         str(method),
         _number(geometric_mean(own["ratio"])),
         _interval(*interval(own)),
+        _number(geometric_mean(own["ratio_best"])),
         *(_number(geometric_mean(ratios)) for ratios in by),
         f"{own['ratio'].max():.2f}",
         f"{own['points'].min():+.1f}" if own["points"].notna().any() else "",
@@ -176,6 +182,7 @@ def _summary(result: pd.DataFrame, memorized: pd.DataFrame) -> str:
     else f"loss over {first}'s",
     "geometric mean",
     "95% interval",
+    "over the best tuned",
     "held-out loss",
     "training loss",
     "held-out loss, memorized jobs",

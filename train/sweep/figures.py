@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from train import files
-from train.sweep import comparison
+from train.sweep import comparison, random_search
 
 # Method -> matplotlib's keyword arguments for its line.
 Styles = Mapping[str, Mapping[str, Any]]
@@ -22,6 +22,8 @@ _COLUMNS = 4
 _MARKERS = "os^Dv<>Pp*hXd"
 # The axes' limits, in multiples of the first method's loss.
 _LOSSES = (0.4, 10.0)
+# The most random learning rates that are drawn.
+_TRIES = 100
 _TICKS = (0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 5.0, 10.0)
 
 
@@ -38,6 +40,7 @@ def draw(data: pd.DataFrame, workdir: Any) -> Iterator[str]:
   drawings: dict[str, Callable[[], Figure | None]] = {
     "ratios": lambda: _ratios(result, styles),
     "profiles": lambda: _profiles(result, styles),
+    "random_search": lambda: _over_tries(data, styles),
     "losses": lambda: _over_steps(chosen, "loss", styles),
     "learning_rates": lambda: _over_rates(data, styles),
     # Without the last step, where the schedule ends.
@@ -154,6 +157,28 @@ def _over_rates(data: pd.DataFrame, styles: Styles) -> Figure | None:
 
   return _panels(
     last, panel, "learning rate, or factor of the learned one", "loss"
+  )
+
+
+def _over_tries(data: pd.DataFrame, styles: Styles) -> Figure | None:
+  """Draws the chance that one of so many random learning rates is better."""
+  longest = data[data["num_steps"] == data["num_steps"].max()]
+  found = pd.DataFrame(
+    random_search.searches(longest), columns=random_search.Search._fields
+  )
+  if found.empty:
+    return None
+  tries = np.arange(1, _TRIES + 1)
+
+  def panel(axes: Any, own: pd.DataFrame) -> None:
+    for search in map(random_search.Search._make, own.to_numpy()):
+      style = styles[search.method]
+      axes.plot(tries, search.chance(tries), **style, label=search.method)
+    axes.set(xscale="log", ylim=(0, 1.02))
+
+  first = data["method"].iloc[0]
+  return _panels(
+    found, panel, f"random learning rates of {first}", "chance of a better one"
   )
 
 

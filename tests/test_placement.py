@@ -98,15 +98,19 @@ def check_state(state, params, specs):
 
 
 def train_state_cases():
-  """Yields every combination for some methods, and one for each other kind."""
+  """Yields every combination for some methods, and one for each other step.
+
+  Where a leaf is placed does not depend on the API, and `cases` has every kind.
+  """
   for i, name in enumerate(optimizers.KINDS):
     if name in ("mechanic", "prodigy"):
       for axis_type, shard_over in itertools.product(AXIS_TYPES, SHARD_OVER):
         yield pytest.param(name, axis_type, shard_over)
-      continue
-    yield pytest.param(
-      *(name, AXIS_TYPES[i % 2], SHARD_OVER[i // 2 % 2]), marks=pytest.mark.slow
-    )
+    elif name in optimizers.STEPS:
+      yield pytest.param(
+        *(name, AXIS_TYPES[i % 2], SHARD_OVER[i // 2 % 2]),
+        marks=pytest.mark.slow,
+      )
 
 
 @pytest.mark.parametrize(
@@ -159,30 +163,29 @@ class Model(nnx.Module):
 
 
 def cases():
-  """Yields every combination for mechanic, and three for each other kind.
+  """Yields every combination for mechanic, and two for each other kind.
 
-  Those are both types of axes, one of them split further, each with another way
-  in which the placement is known, in turns; and one of them with the state in
-  host memory.
+  Those are on either type of axes: one with each way in which the placement is
+  known, in turns, and one with the state split further and in host memory.
   """
   ways = list(itertools.product([True, False], [True, False]))
-  meshes = list(itertools.product(AXIS_TYPES, SHARD_OVER))
   for i, name in enumerate(optimizers.KINDS):
-    whole = name == "mechanic"
-    for j, (axis_type, shard_over) in enumerate(meshes):
-      if not whole and shard_over == SHARD_OVER[(i + j // 2) % 2]:
-        continue
-      for annotated, jitted in ways if whole else [ways[(i + j) % 4]]:
-        quick = whole or (name in QUICK and annotated and jitted)
+    known = [(AXIS_TYPES[(i + 1) % 2], *ways[i // 2 % 4], ())]
+    split = [(AXIS_TYPES[i % 2], True, True, ("data",))]
+    if name == "mechanic":
+      known = [
+        (axis_type, *way, shard_over)
+        for axis_type, shard_over in itertools.product(AXIS_TYPES, SHARD_OVER)
+        for way in ways
+      ]
+      split = [(axis_type, True, True, ("data",)) for axis_type in AXIS_TYPES]
+    for offload, each in ((False, known), (True, split)):
+      for axis_type, annotated, jitted, shard_over in each:
+        quick = name in QUICK and (offload or name == "mechanic")
         yield pytest.param(
-          *(name, axis_type, annotated, jitted, shard_over, False),
+          *(name, axis_type, annotated, jitted, shard_over, offload),
           marks=() if quick else pytest.mark.slow,
         )
-    for axis_type in AXIS_TYPES if whole else [AXIS_TYPES[i % 2]]:
-      yield pytest.param(
-        *(name, axis_type, True, True, ("data",), True),
-        marks=() if name in QUICK else pytest.mark.slow,
-      )
 
 
 @functools.cache

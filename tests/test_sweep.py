@@ -200,45 +200,53 @@ def compare(variant, folder, **fields):
   return comparison.frame(sweep.rows_of(units, folder / "runs.jsonl"))
 
 
-def held_out_ratios(data):
-  """Returns each method's, of the jobs that are learned by heart."""
-  seen = comparison.compare(comparison.held_out(data))
-  return seen.groupby("method")["ratio"].agg(comparison.geometric_mean)
+def ratios(result):
+  return result.groupby("method")["ratio"].agg(comparison.geometric_mean)
 
 
 @pytest.mark.slow
 def test_mechanic_is_as_good_as_tuned(tmp_path):
-  data = compare("quick", tmp_path)
-  result = comparison.compare(data)
+  """On fresh data over each base, and on a job that is learned by heart."""
+  jobs = {"jobs": ("configs/teacher.py",), "interpolating": ()}
+  rates = {"learning_rates": (3e-3, 1e-2, 3e-2, 1e-1)}
+  methods = configs.sweep.get_config("quick").methods[:6]
+  fresh = comparison.compare(
+    compare("quick", tmp_path, methods=methods, **jobs, **rates)
+  )
+  jobs = {"jobs": (), "interpolating": ("configs/digits.py:mlp",)}
+  methods = ("adamw", "mechanic")
+  data = compare("quick", tmp_path, methods=methods, **jobs, **rates)
+  by_heart = comparison.compare(data)
+  result = pd.concat([fresh, by_heart])
   assert not result["failed"].any()
   own = result[result["method"] == "mechanic"]
   assert comparison.geometric_mean(own["ratio"]) < 1.05
   assert own["ratio"].max() < 1.15
   assert own["points"].min() > -0.5
-  ratios = result.groupby("method")["ratio"].agg(comparison.geometric_mean)
   for base in ("sgd", "lion"):
-    assert ratios[f"mechanic({base})"] < 1.05 * ratios[base]
-  assert held_out_ratios(data)["mechanic"] < 1.1
+    assert ratios(fresh)[f"mechanic({base})"] < 1.05 * ratios(fresh)[base]
+  held_out = comparison.compare(comparison.held_out(data))
+  assert ratios(held_out)["mechanic"] < 1.15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("dtype", "job", "interpolating"),
+  ("dtype", "job"),
   [
     # Bfloat16 parameters keep their offset, float32 ones recover it.
-    ("float32", "configs/teacher.py", "configs/digits.py:mlp"),
-    ("bfloat16", "configs/digits.py:logistic", "configs/autoencoder.py"),
+    ("float32", "configs/digits.py:mlp"),
+    ("bfloat16", "configs/autoencoder.py"),
   ],
 )
-def test_no_base_learning_rate_diverges(tmp_path, dtype, job, interpolating):
+def test_no_base_learning_rate_diverges(tmp_path, dtype, job):
   data = compare(
     "range",
     tmp_path,
-    jobs=(job,),
-    interpolating=(interpolating,),
+    jobs=(),
+    interpolating=(job,),
     methods=configs.sweep.get_config("range").methods[1:4],
     fields=(f"dtype={dtype}", f"param_dtype={dtype}"),
-    seeds=2,
+    seeds=1,
   )
   at = lambda last: data[(data["step"] == data["num_steps"]) == last]["loss"]
   assert np.isfinite(data["loss"]).all()
@@ -249,13 +257,19 @@ def test_no_base_learning_rate_diverges(tmp_path, dtype, job, interpolating):
 def test_each_of_the_flags_options_helps(tmp_path):
   methods = configs.sweep.get_config("ablation").methods
   labels = ("mechanic", "one scale", "s_init=1e-6", "mean_decay=False")
-  methods = [m for m in methods if m.partition(":")[0] in labels]
-  data = compare("ablation", tmp_path, methods=tuple(methods))
-  result = comparison.compare(data)
-  ratios = result.groupby("method")["ratio"].agg(comparison.geometric_mean)
-  assert ratios["s_init=1e-6"] > 1.05
-  assert ratios["one scale"] > 1.0
-  assert held_out_ratios(data)["mean_decay=False"] > 1.2
+  data = compare(
+    "ablation",
+    tmp_path,
+    jobs=(),
+    interpolating=("configs/digits.py:mlp",),
+    methods=tuple(m for m in methods if m.partition(":")[0] in labels),
+    num_steps=(400,),
+  )
+  # Without one of them, what is learned by heart is worth less elsewhere.
+  found = ratios(comparison.compare(comparison.held_out(data)))
+  assert found["s_init=1e-6"] > 1.5
+  assert found["one scale"] > 1.05
+  assert found["mean_decay=False"] > 1.3
 
 
 def make_rows():

@@ -4,7 +4,7 @@ r"""What the update costs: the base, optax's mechanize and ours, side by side.
 
 --base=NAME   the optimizer that the updates are over
 --rounds=N    rounds that times are medians of
---quick       smaller trees
+--quick       smaller trees, the smallest job and a smaller checkpoint
 
 prints tables with a row for each update. Times are relative to the base's; in a
 round, each update runs once. Bytes and temporaries are those of the compiled,
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
   arguments = parser.parse_args(argv)
   base, rounds, quick = arguments.base, arguments.rounds, arguments.quick
   leaves = (10,) if quick else (10, 150, 500)
+  jobs = {"digits": digits} if quick else _JOBS
 
   device = jax.devices()[0]
   print(f"over {base}, on {device.device_kind} ({device.platform})\n")
@@ -54,14 +55,14 @@ def main(argv: list[str] | None = None) -> None:
       name: functools.partial(
         measure.step_times, job.get_config, base, max(rounds // 2, 5)
       )
-      for name, job in _JOBS.items()
+      for name, job in jobs.items()
     },
   )
   _print_table(
     "time to trace, lower and compile an update, by number of leaves",
     {
       str(n): functools.partial(measure.compile_times, base, n)
-      for n in ((10, 50) if quick else leaves)
+      for n in ((5, 10) if quick else leaves)
     },
   )
   _print_table(
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     "on 8 CPU devices, leaves of four placements, by Optimizer",
     {"": functools.partial(measure.compiled_elsewhere, base)},
   )
-  megabytes = 50 if quick else 500
+  megabytes = 8 if quick else 500
   _print_table(
     f"saving and verifying a checkpoint of {megabytes} MB",
     {"": functools.partial(measure.checkpoint_times, megabytes)},

@@ -141,7 +141,7 @@ def test_no_such_slice(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("topology", "chips"),
-  [("v4:2x2x1", 4), ("v5p:2x2x2", 8), ("v6e:2x2", 4), ("v5e:4x4", 16)],
+  [("v4:2x2x1", 4), ("v5p:2x2x2", 8), ("v6e:2x2", 4)],
 )
 @pytest.mark.usefixtures("tpu_compiler")
 def test_kinds_of_chips(topology, chips):
@@ -174,28 +174,34 @@ def test_between_slices_mechanic_sends_one_number_more_than_its_base():
 @pytest.mark.slow
 @pytest.mark.usefixtures("tpu_compiler")
 def test_a_pod_s_memory_is_what_arithmetic_says():
-  devices = program.tpu_devices("v5e:16x16")
+  size = lambda job: sum(x.size for x in jax.tree.leaves(job.target["model"]))
   config = text.get_config("8b")
   config.optimizer = "mechanic"
-  job = make_job(config, devices)
-  count = sum(leaf.size for leaf in jax.tree.leaves(job.target["model"]))
-  assert count == pytest.approx(7787e6, rel=1e-3)
-  column = measure(job, hbm=16)
+  job = make_job(config, program.tpu_devices("v5e:16x16"))
+  assert size(job) == pytest.approx(7787e6, rel=1e-3)
+  # Compiled with smaller layers, in a quarter of the time.
+  config.batch_size = 4
+  config.model.update(
+    embed_dim=512, mlp_dim=2048, num_heads=8, context_length=128
+  )
+  job = make_job(config, program.tpu_devices("v5e:2x2"))
+  count, column = size(job), measure(job, hbm=16)
   mib = {
     name: float(value.replace(",", ""))
     for name, value in column.items()
     if name.endswith("MiB")
   }
-  copy = 4 * count / 256 / 2**20
+  copy = 4 * count / 4 / 2**20
   # Norms' scales are whole on each chip; the compiler pads what is small.
   assert mib["parameters, MiB"] == pytest.approx(copy, rel=0.02)
   assert mib["optimizer's state, MiB"] == pytest.approx(3 * copy, rel=0.02)
   assert mib["arguments as compiled, MiB"] == pytest.approx(4 * copy, rel=0.05)
+  assert mib["temporaries, MiB"] < 1.5 * copy
   assert column["fits"].startswith("yes")
   # A matrix product forward, one more to recompute it, two backward.
-  tokens = 256 * 2048
-  flops = float(column["GFLOP in matrix products"].replace(",", "")) * 256e9
-  assert 8 * count * tokens < flops < 9.5 * count * tokens
+  tokens = 4 * 128
+  flops = float(column["GFLOP in matrix products"].replace(",", "")) * 4e9
+  assert 7.5 * count * tokens < flops < 9.5 * count * tokens
 
 
 @pytest.mark.slow

@@ -195,7 +195,8 @@ def test_rows_of_a_batch_are_those_of_the_whole(job):
 @pytest.mark.parametrize(
   ("job", "sizes", "axis_type"),
   [
-    # Every job on every mesh, each of both on axes of either type.
+    # One job on every mesh, the others on those with a tensor axis; each job,
+    # and each of these meshes, on axes of either type.
     pytest.param(
       job,
       sizes,
@@ -204,6 +205,7 @@ def test_rows_of_a_batch_are_those_of_the_whole(job):
     )
     for i, job in enumerate(JOBS)
     for j, sizes in enumerate(MESHES)
+    if job == "digits" or "tensor" in sizes
   ],
 )
 def test_the_loss_of_one_device_on_every_mesh(job, sizes, axis_type):
@@ -217,11 +219,8 @@ def test_the_loss_of_one_device_on_every_mesh(job, sizes, axis_type):
 @pytest.mark.parametrize(
   ("shard", "offload", "axis_type"),
   [
-    # Every pair of values.
     (True, True, "auto"),
-    (False, False, "auto"),
-    (False, True, "explicit"),
-    (True, False, "explicit"),
+    (False, False, "explicit"),
   ],
 )
 def test_where_the_optimizer_s_state_lies(shard, offload, axis_type):
@@ -270,10 +269,9 @@ def test_nothing_is_whole_on_one_device_when_it_is_made():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("field", ["scan_layers", "remat"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_stacked_and_recomputed_layers(field, dropout):
+def test_stacked_and_recomputed_layers(field):
   config = make_config(fsdp=2, tensor=2)
-  config.model.update(num_layers=3, dropout=dropout)
+  config.model.update(num_layers=2, dropout=0.2)
   plain = make_job(config)
   config = config.copy_and_resolve_references()
   config.model[field] = True
@@ -284,7 +282,7 @@ def test_stacked_and_recomputed_layers(field, dropout):
     # Dropout's keys are stacked too.
     assert size(other) == size(plain)
     kernel = nnx.to_pure_dict(state["model"])["blocks"]["mlp"]["up"]["kernel"]
-    assert kernel.shape == (3, 32, 64)
+    assert kernel.shape == (2, 32, 64)
     assert kernel.sharding.spec == P(None, "fsdp", "tensor")
     assert np.isfinite(losses).all()
   else:
@@ -328,7 +326,6 @@ ELSEWHERE = {
     # Each of the other kinds of state, on two.
     ("prodigy", ["explicit", "one"]),
     ("schedule_free", ["host", "half"]),
-    ("sam", ["half", "explicit"]),
     ("dpsgd", ["same", "one"]),
   ],
 )
@@ -368,11 +365,11 @@ def test_a_checkpoint_goes_on_elsewhere(tmp_path, name, places):
     assert losses == pytest.approx(wanted, rel=1e-4)
 
 
-# On explicit axes a step is partitioned as on automatic ones, and typed too.
+# Those that need more than a gradient; of the others tests/test_placement.py
+# has every kind. On explicit axes a step is partitioned as on automatic ones,
+# and typed too.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "name", ["prodigy", "schedule_free", "sam", "dpsgd", "muon", "sophia"]
-)
+@pytest.mark.parametrize("name", ["sam", "dpsgd", "sophia"])
 def test_kinds_of_optimizers_on_a_mesh(name):
   def losses(devices, **sizes):
     config = optimizers.configure(make_config("text", **sizes), name)

@@ -23,7 +23,7 @@ import flax_mechanic
 from flax_mechanic.placement import Shardings
 from tests import network
 from tests.compilations import compilations
-from tests.optimizers import KINDS
+from tests.optimizers import STEPS
 
 FOLDER = pathlib.Path(__file__).parent / "recipes"
 DIFFS = sorted(each.stem for each in FOLDER.glob("*.diff"))
@@ -191,15 +191,21 @@ FAST = {
 }
 
 
+# Each way to update, and to keep a state: masked, factored, with a key, with
+# copies of the parameters.
+DRAWN = [*STEPS, "muon", "adafactor", "noisy_sgd", "prodigy"]
+
+
 def devices(diff):
   return (8,) if diff.split(".")[0] in REGRESSIONS else (8, 1)
 
 
 def unflipped():
-  """Yields diff and number of devices."""
+  """Yields diff and number of devices; `full` goes on from `tx`."""
   for diff in DIFFS:
     for number in devices(diff):
-      marks = [pytest.mark.slow if number == 8 else pytest.mark.exhaustive]
+      last = diff.endswith(".full") and number == 8
+      marks = [pytest.mark.slow if last else pytest.mark.exhaustive]
       if diff in ("mnist.full", "vae.full") and number == 8:
         marks = []
       if diff.split(".")[0] in REGRESSIONS:
@@ -236,26 +242,23 @@ def refuses(diff, row):
 def flips():
   """Yields diff, optimizer and number of devices: every combination.
 
-  Each kind of optimizer is drawn with an NNX or a Linen job in turns, and with
-  both if it needs more than a gradient; Mechanic with every job. The others
-  are exhaustive.
+  Each way to update and each to keep a state is drawn with an NNX or a Linen
+  job in turns, and Mechanic with every job. The others are exhaustive.
   """
-  shapes = ["mnist", "gemma"], ["imagenet", "lm1b", "vae", "seq2seq"]
-  for i, (optimizer, row) in enumerate(METHODS.items()):
-    drawn = []
-    for j, names in enumerate(shapes):
-      if optimizer in KINDS and (row.needs or (i + j) % 2):
-        step = "full" if row.needs or i // 2 % 2 else "tx"
-        name = names[i // 2 % len(names)]
-        drawn.append((f"{name}.{step}", (8, 1)[(i // 4 + j) % 2]))
-    if optimizer == "mechanic":
-      drawn = [(diff, 8) for diff in DIFFS if diff.endswith(".full")]
+  shapes = ["mnist", "gemma"], ["vae", "lm1b", "imagenet", "seq2seq"]
+  drawn = {(diff, "mechanic", 8) for diff in DIFFS if diff.endswith(".full")}
+  for i, optimizer in enumerate(DRAWN):
+    names = shapes[i % 2]
+    name = names[i // 2 % len(names)]
+    step = "full" if METHODS[optimizer].needs or i // 2 % 2 else "tx"
+    drawn.add((f"{name}.{step}", optimizer, (8, 1)[i // 4 % 2]))
+  for optimizer, row in METHODS.items():
     for diff in DIFFS:
       if not takes(diff, row) or refuses(diff, row):
         continue
       for number in devices(diff):
         mark = pytest.mark.exhaustive
-        if (diff, number) in drawn:
+        if (diff, optimizer, number) in drawn:
           mark = pytest.mark.slow
         fast = number == 8 and optimizer in FAST.get(diff, ())
         marks = [] if fast else [mark]

@@ -448,6 +448,7 @@ def test_a_killed_run_resumes_in_a_bucket_as_in_a_folder(
   job = [
     f"--config={ROOT / 'configs' / 'digits.py'}",
     "--config.optimizer=mechanic",
+    "--config.model.widths=(16,)",
     "--config.num_steps=60",
     "--config.schedule.warmup_steps=6",
     "--config.log_every=5",

@@ -92,9 +92,15 @@ def test_complex_parameters_train_and_resume_bit_for_bit(tmp_path, make_job):
   np.testing.assert_array_equal(resumed, losses[50:])
 
 
-@pytest.mark.parametrize("make_job", [complex_nnx_job, complex_linen_job])
 @pytest.mark.parametrize(
-  "base", ["prodigy", "mechanic", "momo", "dog", "schedule_free"]
+  ("base", "make_job"),
+  [
+    ("mechanic", complex_nnx_job),
+    ("momo", complex_nnx_job),
+    *(
+      (base, complex_linen_job) for base in ("prodigy", "dog", "schedule_free")
+    ),
+  ],
 )
 def test_complex_parameters_train_over(base, make_job):
   tx = build(

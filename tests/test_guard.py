@@ -258,7 +258,8 @@ def test_a_first_gradient_that_was_bad_is_forgotten():
   update = jax.jit(tx.update)
   x = network.params()
   state = tx.init(x)
-  gradient = lambda i: jax.grad(network.loss)(x, *network.batch(i))
+  grad = jax.jit(jax.grad(network.loss))
+  gradient = lambda i: grad(x, *network.batch(i))
   _, state = update(jax.tree.map(lambda g: 1e6 * g, gradient(0)), state, x)
   moved, state = update(gradient(1), state, x)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
@@ -277,12 +278,12 @@ def test_a_first_gradient_that_was_bad_is_forgotten():
 def test_mechanic_goes_back_to_where_it_started(dtype, groups):
   # With a scale at which the first update wrecks the parameters.
   tx = mechanize(optax.sgd(1.0), s_init=1e-3, groups=groups)
-  update = jax.jit(tx.update)
+  update, gradient = map(jax.jit, (tx.update, jax.grad(network.loss)))
   x = network.params(dtype)
   start = tx.init(x)
   state = start
   for i, factor in enumerate((1e6, 1.0)):
-    g = jax.grad(network.loss)(x, *network.batch(i, dtype))
+    g = gradient(x, *network.batch(i, dtype))
     g = jax.tree.map(lambda g, f=factor: (f * g).astype(dtype), g)
     if i == 1:
       g = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), x)
@@ -310,9 +311,10 @@ def test_an_adopted_start_is_not_gone_back_to():
   tx = mechanize(optax.sgd(1.0))
   x = network.params()
   state = tx.init(x)._replace(count=jnp.int32(1000))
+  update = jax.jit(tx.update)
   for value in (1.0, 1e-6):
     g = jax.tree.map(lambda x, v=value: jnp.full_like(x, v), x)
-    updates, state = jax.jit(tx.update)(g, state, x)
+    updates, state = update(g, state, x)
   assert any(np.any(leaf) for leaf in jax.tree.leaves(updates))
   assert state.count == 1002
 
@@ -320,11 +322,11 @@ def test_an_adopted_start_is_not_gone_back_to():
 def test_a_lasting_change_costs_mechanic_what_its_base_remembers():
   options = {"relative_s_init": 0.01, "eps": 1e-20, "mean_decay": True}
   tx = mechanize(optax.adam(1.0), **options)
-  update = jax.jit(tx.update)
+  update, gradient = map(jax.jit, (tx.update, jax.grad(network.loss)))
   x = network.params()
   state = tx.init(x)
   for i in range(60):
-    g = jax.grad(network.loss)(x, *network.batch(i))
+    g = gradient(x, *network.batch(i))
     if i >= 30:
       g = jax.tree.map(lambda g: 1e-4 * g, g)
     before = state

@@ -56,7 +56,6 @@ def dog(init_step_kind, init_step, averaging, **options):
   ("name", "reference", "options"),
   [
     ("adam", tuned(optax.adam), {"b1": 0.8, "nesterov": True}),
-    ("radam", tuned(optax.radam), {"b2": 0.9, "threshold": 4.0}),
     (
       "adafactor",
       tuned(optax.adafactor),
@@ -76,7 +75,6 @@ def dog(init_step_kind, init_step, averaging, **options):
       tuned(optax.lars),
       {"weight_decay": 1e-3, "trust_coefficient": 0.5, "eps": 1e-6},
     ),
-    ("lamb", tuned(optax.lamb), {"weight_decay": 1e-2, "b1": 0.8}),
     ("cocob", learned(contrib.cocob), {"alpha": 50.0, "weight_decay": 1e-3}),
     (
       "dowg",
@@ -108,11 +106,15 @@ def dog(init_step_kind, init_step, averaging, **options):
         "weight_decay": 1e-3,
       },
     ),
-    ("momo", learned(contrib.momo), {"beta": 0.8, "weight_decay": 0.1}),
     (
       "momo",
       learned(contrib.momo),
-      {"lower_bound": 0.1, "adapt_lower_bound": True},
+      {
+        "beta": 0.8,
+        "weight_decay": 0.1,
+        "lower_bound": 0.1,
+        "adapt_lower_bound": True,
+      },
     ),
     (
       "momo_adam",

@@ -9,11 +9,10 @@ import threading
 import pytest
 from test_train import Writer, make_config
 
-from configs import text
 from flax_mechanic.errors import UsageError
 from train import loop
 from train.prefetch import ahead
-from train.tasks import text as text_task
+from train.tasks.digits import Digits
 
 
 def test_two_are_loaded_while_one_is_used():
@@ -82,9 +81,9 @@ def test_a_run_ends_with_the_sentence_of_its_data(tmp_path, monkeypatch):
       raise UsageError("the data is gone")
     return batch(task, step, rows)
 
-  batch = text_task.Text.train_batch
-  monkeypatch.setattr(text_task.Text, "train_batch", refuse)
-  config = make_config(text.get_config, "tiny", log_every=1, batch_size=8)
+  batch = Digits.train_batch
+  monkeypatch.setattr(Digits, "train_batch", refuse)
+  config = make_config(log_every=1)
   writer = Writer()
   with pytest.raises(UsageError, match="the data is gone"):
     loop.train(config, tmp_path, writer)

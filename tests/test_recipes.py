@@ -186,7 +186,7 @@ FAST = {
   "bare_optax.tx": ["mechanic"],
   "dataclass_config.tx": ["mechanic"],
   "gemma.full": ["mechanic"],
-  "mnist.full": ["mechanic", "momo", "sam"],
+  "mnist.full": ["mechanic"],
   "vae.full": ["mechanic"],
 }
 
@@ -206,7 +206,7 @@ def unflipped():
     for number in devices(diff):
       last = diff.endswith(".full") and number == 8
       marks = [pytest.mark.slow if last else pytest.mark.exhaustive]
-      if diff in ("mnist.full", "vae.full") and number == 8:
+      if diff == "mnist.full" and number == 8:
         marks = []
       if diff.split(".")[0] in REGRESSIONS:
         marks = []

@@ -172,8 +172,7 @@ def test_accumulation_is_the_mean_of_the_method_s_gradients(x64, name):
 
 
 @pytest.mark.parametrize(
-  "name",
-  ["adamw", "mechanic", "sam", AGGREGATE, "prodigy", "schedule_free", "dog"],
+  "name", ["mechanic", "sam", AGGREGATE, "schedule_free", "dog"]
 )
 def test_frozen_parameters_stay_bit_for_bit(name):
   config = {"opt__adamw__weight_decay": 0.5, "freeze": ("^hidden/kernel$",)}
@@ -285,16 +284,17 @@ def test_accumulation_hands_on_the_mean_loss(x64):
   state, x, reference = tx.init(params), params, params
   reference_state = together.init(params)
   value_and_grad = jax.jit(jax.value_and_grad(network.loss))
+  update, update_together = jax.jit(tx.update), jax.jit(together.update)
   for i in range(4):
     values, gradients = [], []
     for j in range(3):
       value, grads = value_and_grad(x, *network.batch(3 * i + j, jnp.float64))
-      updates, state = tx.update(grads, state, x, value=value)
+      updates, state = update(grads, state, x, value=value)
       x = optax.apply_updates(x, updates)
       values.append(value)
       gradients.append(grads)
     mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *gradients)
-    updates, reference_state = together.update(
+    updates, reference_state = update_together(
       mean, reference_state, reference, value=sum(values) / 3
     )
     reference = optax.apply_updates(reference, updates)

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from flax_mechanic.errors import UsageError
 from train.tasks import losses
 from train.tasks.examples import Examples, add_label_noise, scikit_learn
 from train.tasks.images import CLASSES, KINDS, SIDE
@@ -54,7 +55,8 @@ class Digits(Examples):
   """Classification of 8x8 digits.
 
   Batches are {"image": uint8 [B, 8, 8] from 0 to 16, "label": uint8 [B]}. The
-  held-out split is 36 images of each digit, whatever the seed.
+  held-out split is 36 images of each digit, whatever the seed. Training images
+  are moved by up to config.data.shift pixels along both axes, 0 by default.
   """
 
   def __init__(self, config: ml_collections.ConfigDict):
@@ -63,11 +65,31 @@ class Digits(Examples):
     train["label"] = add_label_noise(
       train["label"], config.data.label_noise, CLASSES
     )
+    self._shift = config.data.get("shift", 0)
+    if not 0 <= self._shift < SIDE:
+      raise UsageError(
+        f"config.data.shift={self._shift} must be from 0 to {SIDE - 1} pixels;"
+        " type --config.data.shift=1"
+      )
     super().__init__(config, train, held_out)
     self.description = (
       f"digits: {len(train['label'])} images of {SIDE}x{SIDE} pixels,"
       f" {len(held_out['label'])} more held out, {CLASSES} classes"
     )
+
+  def train_batch(
+    self, step: int, rows: slice = slice(None)
+  ) -> dict[str, np.ndarray]:
+    """Returns the examples of a step, moved at random."""
+    batch = super().train_batch(step, rows)
+    if self._shift:
+      # Other numbers than those that shuffle an epoch.
+      bits = np.random.Philox(key=[self._config.seed, step]).jumped()
+      by = np.random.Generator(bits).integers(
+        -self._shift, self._shift + 1, size=(self._config.batch_size, 2)
+      )
+      batch["image"] = _moved(batch["image"], by[rows])
+    return batch
 
   def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
     """Returns a new model."""
@@ -80,3 +102,17 @@ class Digits(Examples):
   ) -> tuple[jax.Array, losses.Metrics]:
     """Returns the mean cross-entropy in nats, and the accuracy."""
     return losses.cross_entropy(model(scale(batch["image"])), batch["label"])
+
+
+def _moved(images: np.ndarray, by: np.ndarray) -> np.ndarray:
+  """Returns images that are moved down and to the right; zeros follow.
+
+  Args:
+    images: [N, 8, 8].
+    by: pixels, integers [N, 2] from -7 to 7.
+  """
+  padded = np.pad(images, ((0, 0), (SIDE, SIDE), (SIDE, SIDE)))
+  crops = np.lib.stride_tricks.sliding_window_view(
+    padded, (SIDE, SIDE), axis=(1, 2)
+  )
+  return crops[np.arange(len(images)), SIDE - by[:, 0], SIDE - by[:, 1]]

@@ -19,11 +19,19 @@ _TOKENS = (SIDE // _PATCH) ** 2
 
 
 class Cnn(nnx.Module):
-  """3x3 convolutions of the given widths, with stride 2 after the first."""
+  """3x3 convolutions of the given widths, with stride 2 after the first.
+
+  Args:
+    widths: how many channels each has.
+    batch_norm: whether each is followed by batch normalization.
+    dtype: of the computation.
+    rngs: stream "params".
+  """
 
   def __init__(
     self,
     widths: Sequence[int],
+    batch_norm: bool = False,
     *,
     dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
@@ -40,6 +48,10 @@ class Cnn(nnx.Module):
       )
       for i, (m, n) in enumerate(itertools.pairwise((1, *widths)))
     )
+    self.norms = nnx.List(
+      nnx.BatchNorm(width, momentum=0.9, dtype=dtype, rngs=rngs)
+      for width in (widths if batch_norm else ())
+    )
     side = SIDE
     for _ in widths[1:]:
       side = (side + 1) // 2
@@ -54,8 +66,9 @@ class Cnn(nnx.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     """Maps images [B, 8, 8] to logits [B, 10]."""
     x = images[..., None]
-    for layer in self.hidden:
-      x = nnx.relu(layer(x))
+    for layer, norm in itertools.zip_longest(self.hidden, self.norms):
+      x = layer(x)
+      x = nnx.relu(norm(x) if norm else x)
     return self.head(x.reshape(len(x), -1))
 
 
@@ -180,10 +193,13 @@ KINDS = {
     config="configs/digits.py",
   ),
   "cnn": kinds.Kind(
-    lambda model, **options: Cnn(model.widths, **options),
+    lambda model, **options: Cnn(
+      model.widths, model.get("batch_norm", False), **options
+    ),
     fields=("widths",),
     check=_check_widths,
     config="configs/digits.py:cnn",
+    optional=("batch_norm",),
   ),
   "vit": kinds.Kind(
     Vit,

@@ -17,12 +17,14 @@ class Kind(NamedTuple):
     fields: of config.model, except the name.
     check: config.model -> None; raises a UsageError for values out of range.
     config: an example with these fields, such as configs/digits.py:vit.
+    optional: fields that may be missing, as in configs of earlier versions.
   """
 
   create: Callable[..., nnx.Module]
   fields: Sequence[str]
   check: Callable[[ml_collections.ConfigDict], None]
   config: str
+  optional: Sequence[str] = ()
 
 
 def find_kind(
@@ -47,7 +49,9 @@ def find_kind(
   given = [field for field in model if field != "name"]
   differences = {
     "needs": [field for field in kind.fields if field not in given],
-    "has no": [field for field in given if field not in kind.fields],
+    "has no": [
+      field for field in given if field not in (*kind.fields, *kind.optional)
+    ],
   }
   if any(differences.values()):
     raise UsageError(

@@ -7,15 +7,40 @@ takes 7 seconds on two CPU cores and ends with an eval/loss of 0.109, a mean
 squared error; --config.optimizer=adamw, with the learning_rate of 3e-3 below,
 ends with 0.120. The noise accounts for 0.09 of it; always predicting 0 gives
 0.64.
+
+configs/teacher.py:changing has four teachers, each in turn for 100 steps, and a
+learning rate that stays. With adamw it ends with an eval/loss of 0.153.
 """
 
 import ml_collections
 
 from configs import default
+from flax_mechanic.errors import UsageError, did_you_mean
+
+_VARIANTS = {
+  "": {},
+  "changing": {
+    # Steps until another teacher's turn.
+    "data": {"change_every": 100},
+    "schedule": {"name": "warmup"},
+  },
+}
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the job's config."""
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  """Returns the job's config.
+
+  Args:
+    variant: what follows the colon of `configs/teacher.py:changing`, or "".
+
+  Raises:
+    UsageError: no such variant.
+  """
+  if variant not in _VARIANTS:
+    raise UsageError(
+      f"configs/teacher.py has no variant {variant!r}"
+      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
+    )
   config = default.get_config()
   config.task = "teacher"
   config.num_steps = 400
@@ -30,4 +55,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict()
   # Widths of the hidden layers; () is a linear model.
   config.model.widths = (32, 32)
+
+  config.update(_VARIANTS[variant])
   return config

@@ -11,18 +11,22 @@ from flax import nnx
 from flax_mechanic.errors import UsageError, did_you_mean
 from train.tasks.autoencoder import Autoencoder
 from train.tasks.digits import Digits
+from train.tasks.ratings import Ratings
 from train.tasks.tabular import Tabular
 from train.tasks.teacher import Teacher
 from train.tasks.text import Text
+from train.tasks.vae import Vae
 
 Batch = Mapping[str, np.ndarray]
 
 _TASKS = {
   "autoencoder": Autoencoder,
   "digits": Digits,
+  "ratings": Ratings,
   "tabular": Tabular,
   "teacher": Teacher,
   "text": Text,
+  "vae": Vae,
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -57,7 +57,7 @@ class Autoencoder(Examples):
       f" {len(held_out['image'])} more held out"
     )
 
-  def create_model(self, rngs: nnx.Rngs) -> AutoencoderModel:
+  def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
     """Returns a new model."""
     return AutoencoderModel(
       self._config.model, dtype=jnp.dtype(self._config.dtype), rngs=rngs

@@ -1,5 +1,6 @@
-"""Tasks over a fixed set of examples."""
+"""Tasks over a fixed set of examples, or over new ones in every batch."""
 
+import abc
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,48 @@ from flax_mechanic.errors import UsageError
 Arrays = Mapping[str, np.ndarray]
 
 
-class Examples:
+class _HeldOut:
+  """What tasks whose held-out examples are one batch have in common."""
+
+  def __init__(self, config: ml_collections.ConfigDict, held_out: Arrays):
+    self._config = config
+    self.files: Mapping[str, bytes] = {}
+    self._held_out = held_out
+
+  def eval_batches(self) -> list[Arrays]:
+    """Returns one batch of all held-out examples."""
+    return [self._held_out]
+
+  def report(self, model: nnx.Module) -> str:
+    """Returns "": the metrics say it all."""
+    del model
+    return ""
+
+
+class Drawn(_HeldOut, abc.ABC):
+  """The batches of a task that draws new examples for each.
+
+  Args:
+    config: of the job; `seed` and `batch_size` are read.
+    held_out: arrays [N, ...] by name.
+  """
+
+  @abc.abstractmethod
+  def draw(
+    self, rng: np.random.Generator, count: int, step: int
+  ) -> dict[str, np.ndarray]:
+    """Returns `count` examples as they are at a step."""
+
+  def train_batch(
+    self, step: int, rows: slice = slice(None)
+  ) -> dict[str, np.ndarray]:
+    """Returns new examples."""
+    rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step]))
+    batch = self.draw(rng, self._config.batch_size, step)
+    return {name: array[rows] for name, array in batch.items()}
+
+
+class Examples(_HeldOut):
   """The batches of a task over a fixed set of examples.
 
   Args:
@@ -24,10 +66,8 @@ class Examples:
   def __init__(
     self, config: ml_collections.ConfigDict, train: Arrays, held_out: Arrays
   ):
-    self._config = config
-    self.files: Mapping[str, bytes] = {}
+    super().__init__(config, held_out)
     self._train = train
-    self._held_out = held_out
 
   def train_batch(
     self, step: int, rows: slice = slice(None)
@@ -42,15 +82,6 @@ class Examples:
       rng = np.random.Generator(np.random.Philox(key=[self._config.seed, e]))
       index[epoch == e] = rng.permutation(count)[place[epoch == e]]
     return {name: array[index] for name, array in self._train.items()}
-
-  def eval_batches(self) -> list[Arrays]:
-    """Returns one batch of all held-out examples."""
-    return [self._held_out]
-
-  def report(self, model: nnx.Module) -> str:
-    """Returns "": the metrics say it all."""
-    del model
-    return ""
 
 
 def scikit_learn(task: str) -> Any:

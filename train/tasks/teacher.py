@@ -10,20 +10,26 @@ from flax import nnx
 
 from flax_mechanic.errors import UsageError
 from train.tasks import losses
+from train.tasks.examples import Drawn
 from train.tasks.mlp import Mlp, check_widths
 
 _FEATURES = 16
 _HIDDEN = 8
 _HELD_OUT = 2048
+_TEACHERS = 4
 
 
-class Teacher:
+class Teacher(Drawn):
   """A number from 16 others, with new examples in every batch.
 
   target = tanh(x W1) W2 + config.data.noise * e, with x ~ N(0, I_16), e ~
   N(0, 1). W1 [16, 8] and W2 [8, 1] have entries of variance 1/16 and 1/8 and do
   not depend on the seed. Batches are {"features": float32 [B, 16], "target":
   float32 [B]}; 2048 examples are held out.
+
+  With config.data.change_every there are four pairs of W1 and W2, in turn for
+  so many steps each. The held-out examples are of the last pair, the one at the
+  end of a run of whole turns.
   """
 
   def __init__(self, config: ml_collections.ConfigDict):
@@ -33,12 +39,24 @@ class Teacher:
         f"config.data.noise={config.data.noise} is a standard deviation and"
         " must be 0 or more; type --config.data.noise=0.3"
       )
-    self._config = config
-    self.files: Mapping[str, bytes] = {}
-    rng = np.random.Generator(np.random.Philox(0))
-    self._w1 = rng.standard_normal((_FEATURES, _HIDDEN)) / np.sqrt(_FEATURES)
-    self._w2 = rng.standard_normal((_HIDDEN, 1)) / np.sqrt(_HIDDEN)
-    self._held_out = self._draw(rng, _HELD_OUT)
+    self._change_every = config.data.get("change_every", 0)
+    if self._change_every < 0:
+      raise UsageError(
+        f"config.data.change_every={self._change_every} is a number of steps;"
+        " type --config.data.change_every=100, or 0 for never"
+      )
+    count = _TEACHERS if self._change_every else 1
+    rngs = [np.random.Generator(np.random.Philox(i)) for i in range(count)]
+    self._weights = [
+      (
+        rng.standard_normal((_FEATURES, _HIDDEN)) / np.sqrt(_FEATURES),
+        rng.standard_normal((_HIDDEN, 1)) / np.sqrt(_HIDDEN),
+      )
+      for rng in rngs
+    ]
+    self._noise = config.data.noise
+    last_step = count * self._change_every - 1
+    super().__init__(config, self.draw(rngs[-1], _HELD_OUT, last_step))
     self.description = (
       f"teacher: {_FEATURES} features, new examples in every batch,"
       f" {_HELD_OUT} held out"
@@ -54,35 +72,21 @@ class Teacher:
       rngs=rngs,
     )
 
-  def train_batch(
-    self, step: int, rows: slice = slice(None)
-  ) -> dict[str, np.ndarray]:
-    """Returns new examples."""
-    rng = np.random.Generator(np.random.Philox(key=[self._config.seed, step]))
-    batch = self._draw(rng, self._config.batch_size)
-    return {name: array[rows] for name, array in batch.items()}
-
-  def eval_batches(self) -> list[dict[str, np.ndarray]]:
-    """Returns one batch of all held-out examples."""
-    return [self._held_out]
-
   def loss(
     self, model: nnx.Module, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, losses.Metrics]:
     """Returns the mean squared error, noise^2 of which is the noise's."""
     return losses.squared_error(model(batch["features"]), batch["target"])
 
-  def report(self, model: nnx.Module) -> str:
-    """Returns "": the loss says it all."""
-    del model
-    return ""
-
-  def _draw(
-    self, rng: np.random.Generator, count: int
+  def draw(
+    self, rng: np.random.Generator, count: int, step: int
   ) -> dict[str, np.ndarray]:
+    """Returns examples of the pair of weights at a step."""
+    turn = step // self._change_every if self._change_every else 0
+    w1, w2 = self._weights[turn % len(self._weights)]
     x = rng.standard_normal((count, _FEATURES))
-    clean = (np.tanh(x @ self._w1) @ self._w2)[:, 0]
-    target = clean + self._config.data.noise * rng.standard_normal(count)
+    clean = (np.tanh(x @ w1) @ w2)[:, 0]
+    target = clean + self._noise * rng.standard_normal(count)
     return {
       "features": x.astype(np.float32),
       "target": target.astype(np.float32),

@@ -10,6 +10,9 @@ seconds on two CPU cores and ends with an eval/accuracy of 0.93;
 configs/tabular.py:diabetes is a small network that predicts a number whose
 variance is 1. It ends with an eval/loss, the mean squared error, of 0.50 with
 both optimizers; so does linear least squares.
+
+:iris and :wine are small networks for three classes. With adamw they end with
+an eval/loss of 0.26 and 0.087.
 """
 
 import ml_collections
@@ -19,7 +22,10 @@ from flax_mechanic.errors import UsageError, did_you_mean
 
 _VARIANTS = {
   "breast_cancer": {"data": {"label_noise": 0.1}, "model": {"widths": ()}},
-  "diabetes": {"data": {"label_noise": 0.0}, "model": {"widths": (32,)}},
+  **{
+    name: {"data": {"label_noise": 0.0}, "model": {"widths": (32,)}}
+    for name in ("diabetes", "iris", "wine")
+  },
 }
 
 
@@ -27,8 +33,8 @@ def get_config(variant: str = "breast_cancer") -> ml_collections.ConfigDict:
   """Returns the job's config.
 
   Args:
-    variant: the table, breast_cancer or diabetes; what follows the colon of
-      `configs/tabular.py:diabetes`.
+    variant: the table: breast_cancer, diabetes, iris or wine; what follows the
+      colon of `configs/tabular.py:diabetes`.
 
   Raises:
     UsageError: no such variant.
@@ -46,7 +52,7 @@ def get_config(variant: str = "breast_cancer") -> ml_collections.ConfigDict:
   config.learning_rate = 3e-3
 
   config.data = ml_collections.ConfigDict()
-  # breast_cancer or diabetes.
+  # breast_cancer, diabetes, iris or wine.
   config.data.name = variant
   # The fraction of the training labels that is replaced by random classes; 0.0
   # where the target is a number.

@@ -30,6 +30,8 @@ class Table(NamedTuple):
 _TABLES = {
   "breast_cancer": Table("load_breast_cancer", classes=2),
   "diabetes": Table("load_diabetes", classes=0),
+  "iris": Table("load_iris", classes=3),
+  "wine": Table("load_wine", classes=3),
 }
 
 

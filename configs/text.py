@@ -1,4 +1,4 @@
-r"""A byte-level language model on any folder of text, a transformer or a GRU.
+r"""A language model on any folder of text: a transformer, a GRU or an LSTM.
 
   python -m train.main --config=configs/text.py --config.optimizer=mechanic \
     --config.data.path=FOLDER --workdir=runs/text
@@ -9,14 +9,18 @@ minute on two CPU cores and ends with an eval/bits_per_byte of 2.4;
 and the entropy of single bytes is 4.5. configs/text.py:tiny is for tests and
 takes seconds.
 
-Two more take 400 steps of 8 windows of 32 bytes, 15 to 25 seconds, and end with
-these values of eval/bits_per_byte, where adamw has a learning_rate of 3e-3:
+Three more take 400 steps of 8 windows of 32 bytes, 15 to 25 seconds, and end
+with these values of eval/bits_per_byte, where adamw has a learning_rate of 3e-3
+and - was not run:
 
   variant  mechanic  adamw
   :small        3.3    3.6  a transformer of one layer
   :gru          2.9    3.5  a recurrent network
+  :lstm           -    3.8  another one
 """
 
+import os
+import sysconfig
 from typing import Any
 
 import ml_collections
@@ -46,12 +50,28 @@ def _transformer(**sizes: Any) -> dict[str, Any]:
   }
 
 
-# What the two share.
+# What the three share.
 _SMALL = {
   "num_steps": 400,
   "batch_size": 8,
   "schedule": {"warmup_steps": 40},
   "checkpoint_every": 100,
+}
+_SMALL_MODEL = _transformer(
+  num_layers=1,
+  num_heads=2,
+  embed_dim=32,
+  mlp_dim=96,
+  context_length=32,
+)
+
+# What fine-tuning of :small has in common.
+_TUNE = {
+  **_SMALL,
+  "init_from": "runs/before",
+  "init_params_only": True,
+  # Tables of characters, which are not in the text without a path.
+  "data": {"path": os.path.join(sysconfig.get_path("stdlib"), "encodings")},
 }
 
 # By variant: the fields that differ from configs/default.py, and the model.
@@ -121,24 +141,37 @@ _VARIANTS = {
       context_length=32,
     ),
   },
-  "small": {
+  "small": {**_SMALL, "model": _SMALL_MODEL},
+  "deep": {
     **_SMALL,
+    "data": {"tokenizer": "512"},
     "model": _transformer(
-      num_layers=1,
-      num_heads=2,
-      embed_dim=32,
-      mlp_dim=96,
-      context_length=32,
+      num_layers=4,
+      num_heads=4,
+      embed_dim=64,
+      mlp_dim=192,
+      context_length=64,
     ),
   },
-  "gru": {
-    **_SMALL,
-    "model": {
-      "name": "gru",
-      "embed_dim": 32,
-      "hidden_dim": 64,
-      "context_length": 32,
-    },
+  "tune": {**_TUNE, "model": _SMALL_MODEL},
+  "lora": {
+    **_TUNE,
+    # All but the matrices of low rank.
+    "freeze": ("^(?!.*lora_)",),
+    # Each linear layer's kernel has a product of that rank added to it.
+    "model": {**_SMALL_MODEL, "lora_rank": 4},
+  },
+  **{
+    name: {
+      **_SMALL,
+      "model": {
+        "name": name,
+        "embed_dim": 32,
+        "hidden_dim": 64,
+        "context_length": 32,
+      },
+    }
+    for name in ("gru", "lstm")
   },
 }
 

@@ -19,7 +19,7 @@ from flax_mechanic import step
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import readers, stack
 from flax_mechanic.methods.extra_args import accepted
-from flax_mechanic.paths import parameter_of
+from flax_mechanic.paths import by_path, parameter_of
 from flax_mechanic.placement import Shardings, is_traced, on_device
 
 # Of the split and merge that carry a loss's effects to the caller's objects.
@@ -266,7 +266,8 @@ class Optimizer(nnx.Optimizer):
     """Starts model and state where another run's checkpoint ended.
 
     See `flax_mechanic.adopt` for what is carried over. Random state and `step`
-    stay as they are.
+    stay as they are, and so do the model's `nnx.LoRAParam` where the checkpoint
+    is of a model without.
 
     Args:
       model: the model whose parameters are optimized; updated in place, batch
@@ -293,6 +294,7 @@ class Optimizer(nnx.Optimizer):
       nnx.as_pure(nnx.state(model, nnx.Not(nnx.RngState))),
       init,
       params_only=params_only,
+      new=by_path(nnx.as_pure(nnx.state(model, nnx.LoRAParam))).keys(),
     )
     self._write_state(adopted.opt_state)
     return adopted.notes

@@ -343,6 +343,29 @@ def test_what_is_not_there_is_said(run, tmp_path):
       load_params(directory, params)
 
 
+def test_lora_starts_from_a_model_with_or_without_it(tmp_path):
+  base = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+  save_standard(tmp_path / "base", nnx.state(base))
+  model = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(1))
+  optimizer = Optimizer(model, optax.sgd(0.1))
+  notes = optimizer.init_from(model, tmp_path / "base")
+  assert "not in it, and new: 2 parameters" in notes
+  x = jnp.ones((2, 3))
+  same(model(x), base(x))
+  assert model.lora.lora_a[...].any()
+  model.lora.lora_b[...] += 1.0
+  save_standard(tmp_path / "tuned", nnx.state(model))
+  again = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(2))
+  notes = Optimizer(again, optax.sgd(0.1)).init_from(again, tmp_path / "tuned")
+  assert not any("new" in note for note in notes)
+  same(again(x), model(x))
+  # Nothing else may be missing.
+  del base.bias
+  save_standard(tmp_path / "less", nnx.state(base))
+  with pytest.raises(UsageError, match="holds no bias"):
+    optimizer.init_from(model, tmp_path / "less")
+
+
 def test_two_copies_are_one_too_many(tmp_path):
   w = {"w": jnp.ones(2)}
   save_standard(

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from configs import text as text_config
+from flax_mechanic import Checkpointer
 from flax_mechanic.errors import UsageError
 from tests.references import (
   assert_same,
@@ -25,6 +26,7 @@ from tests.references import (
   perturbed,
   softmax,
 )
+from train.job import make_job
 from train.tasks import corpus, make_task, sources
 from train.tasks import text as text_task
 
@@ -368,23 +370,39 @@ def reference(model, tokens, num_heads):
   return np.stack(logits)
 
 
-def test_gru_loss_is_the_reference(folder):
-  task = text(folder, variant="gru")
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_recurrent_loss_is_the_reference(folder, cell):
+  task = text(folder, variant=cell)
   model = perturbed(task)
   batch = task.train_batch(0)
-  logits = gru(model, batch["text"][:, :-1])
+  logits = {"gru": gru, "lstm": lstm}[cell](model, batch["text"][:, :-1])
   metrics = check_loss(task, model, batch, logits, batch["text"][:, 1:])
   np.testing.assert_allclose(
     metrics["bits_per_byte"], metrics["loss"] / math.log(2), rtol=1e-6
   )
 
 
+def sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def lstm(model, tokens):
+  """The LSTM's logits in float64 NumPy, one example at a time."""
+  kernel, recurrent = f64(model.cell.dense_i.kernel), model.cell.dense_h
+  logits = []
+  for example in tokens:
+    c, h, states = np.zeros(64), np.zeros(64), []
+    for x in f64(model.embed.embedding)[example]:
+      i, f, g, o = np.split(x @ kernel + linear(recurrent, h), 4)
+      c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+      h = sigmoid(o) * np.tanh(c)
+      states.append(h)
+    logits.append(linear(model.head, np.stack(states)))
+  return np.stack(logits)
+
+
 def gru(model, tokens):
   """The GRU's logits in float64 NumPy, one example at a time."""
-
-  def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
   kernels = np.split(f64(model.cell.dense_i.kernel), 3, axis=1)
   biases = np.split(f64(model.cell.dense_i.bias), 3)
   recurrent = np.split(f64(model.cell.dense_h.kernel), 3, axis=1)
@@ -450,6 +468,35 @@ def test_report_at_temperature_zero_takes_the_likeliest(folder):
     window = np.append(window[1:], np.int32(likeliest))
 
 
+@pytest.mark.slow
+def test_lora_trains_its_matrices_from_the_base_on(folder, tmp_path):
+  def job(variant):
+    config = text_config.get_config(variant)
+    config.update(optimizer="adamw", data={"path": str(folder)})
+    config.schedule.warmup_steps = 0
+    return make_job(config, jax.devices()[:1])
+
+  base, tuned = job("small"), job("lora")
+  with jax.set_mesh(base.mesh):
+    before = base.create()
+    with Checkpointer(tmp_path) as checkpointer:
+      checkpointer.save(1, before)
+    state, _ = tuned.init_from(str(tmp_path), params_only=True)
+    batch = base.train_batch(0)
+    of_base, of_tuned = (
+      float(each.eval_step(at, batch)["eval/loss"])
+      for each, at in ((base, before), (tuned, state))
+    )
+    assert of_tuned == pytest.approx(of_base, rel=1e-6)
+    start = jax.device_get(state["model"])
+    for _ in range(2):  # a moves once b is not 0 any more.
+      state, _ = tuned.train_step(state, batch)
+  start, end = (nnx.to_flat_state(each) for each in (start, state["model"]))
+  for (path, a), (_, b) in zip(start, end, strict=True):
+    changed = (a.get_value() != b.get_value()).any()
+    assert changed == (path[-1] in ("lora_a", "lora_b")), path
+
+
 # What cannot be run.
 
 
@@ -467,6 +514,7 @@ def test_unknown_variants_name_the_known_ones():
     ({"model": {"num_heads": 3}}, "embed_dim=32 must be a multiple of 6"),
     ({"model": {"num_heads": 32}}, "embed_dim=32 must be a multiple of 64"),
     ({"model": {"dropout": 1.0}}, "config.model.dropout=1.0"),
+    ({"model": {"lora_rank": -1}}, "config.model.lora_rank=-1"),
     ({"data": {"eval_windows": 0}}, "config.data.eval_windows=0"),
     ({"model": {"context_length": 5000}}, "too little text.*2500 bytes.*5001"),
   ],
@@ -479,7 +527,7 @@ def test_transformer_errors(folder, fields, message):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"name": "lstm"}, "config.model.name='lstm' is not a model for text"),
+    ({"name": "lsdm"}, "config.model.name='lsdm' is not a model for text"),
     (
       {"name": "transformer"},
       "remat and has no hidden_dim; type --config=configs/text.py",
@@ -493,7 +541,7 @@ def test_gru_errors(folder, fields, message):
     text(folder, variant="gru", model=fields)
 
 
-@pytest.mark.parametrize("variant", ["", "1b", "8b"])
+@pytest.mark.parametrize("variant", ["", "1b", "8b", "deep"])
 def test_large_variants_have_the_fields_of_their_model(folder, variant):
   text(folder, variant)
 

@@ -27,7 +27,7 @@ WORDS = [
 MODELS = {
   "rotary": ("tiny", {"num_layers": 2}),
   "learned": ("tiny", {"positions": "learned", "scan_layers": True}),
-  "gru": ("gru", {}),
+  "lstm": ("lstm", {}),
 }
 
 

@@ -8,7 +8,7 @@ wherever it is nested, so that Adam's moments are found under Mechanic.
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +75,7 @@ def load_params(
     ...   load_params(checkpointer.directory, {"w": jnp.zeros(2)})
     {'w': Array([1., 1.], dtype=float32)}
   """
-  return _load_params(_Checkpoint(directory), params)
+  return _load_params(_Checkpoint(directory), params)[0]
 
 
 def adopt(
@@ -84,6 +84,7 @@ def adopt(
   init: Callable[[optax.Params], optax.OptState],
   *,
   params_only: bool = False,
+  new: Collection[str] = (),
 ) -> Adopted:
   """Starts an optimizer where another run's checkpoint ended.
 
@@ -98,6 +99,8 @@ def adopt(
     init: parameters -> the optimizer's state, its arrays placed where they
       belong, such as `tx.init`.
     params_only: whether to ignore the saved optimizer's state.
+    new: paths, such as "head/kernel", of parameters that the folder may lack;
+      those that it lacks stay as they are in `params`.
 
   Returns:
     The parameters, the state over them, and notes on both.
@@ -117,8 +120,10 @@ def adopt(
     'taken from its optimizer: trace'
   """
   saved = _Checkpoint(directory)
-  params = _load_params(saved, params)
+  params, missing = _load_params(saved, params, new)
   notes = [f"starting from {saved.name}"]
+  if missing:
+    notes.append(f"not in it, and new: {len(missing)} parameters")
   opt_state = init(params)
   if not params_only:
     opt_state, note = _load_opt_state(saved, params, opt_state)
@@ -251,9 +256,14 @@ def _find(given: Any) -> tuple[str, dict[str, Any]]:
   return _find(max(steps, key=lambda step: int(step.name.split("_")[-1])))
 
 
-def _load_params(saved: _Checkpoint, params: optax.Params) -> optax.Params:
+def _load_params(
+  saved: _Checkpoint, params: optax.Params, new: Collection[str] = ()
+) -> tuple[optax.Params, Sequence[str]]:
+  """Returns the parameters, and the paths of those that were not saved."""
   wanted = by_path(params)
-  prefix = _prefix(saved, wanted)
+  prefix = _prefix(saved, [path for path in wanted if path not in new])
+  missing = [path for path in wanted if prefix + path not in saved.shapes]
+  wanted = {k: v for k, v in wanted.items() if k not in missing}
   other = [
     f"{path} has shape {saved.shapes[prefix + path]} there and "
     f"{tuple(leaf.shape)} here"
@@ -266,12 +276,13 @@ def _load_params(saved: _Checkpoint, params: optax.Params) -> optax.Params:
       f"{', '.join(other[:3])}; train the model that was saved"
     )
   loaded = saved.load({prefix + path: leaf for path, leaf in wanted.items()})
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: loaded[prefix + leaf_path(path)], params
+  found = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: loaded.get(prefix + leaf_path(path), leaf), params
   )
+  return found, missing
 
 
-def _prefix(saved: _Checkpoint, wanted: Mapping[str, Any]) -> str:
+def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:
   """Returns the prefix of the parameters' paths in what was saved."""
   first = next(iter(wanted))
   starts = {

@@ -15,7 +15,7 @@ from flax import nnx
 
 from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError, printable
-from train.tasks import corpus, gru, kinds, losses, tokens, transformer
+from train.tasks import corpus, kinds, losses, recurrent, tokens, transformer
 
 _KINDS = {
   "transformer": kinds.Kind(
@@ -23,13 +23,17 @@ _KINDS = {
     fields=transformer.FIELDS,
     check=transformer.check,
     config="configs/text.py",
+    optional=transformer.OPTIONAL,
   ),
-  "gru": kinds.Kind(
-    gru.Gru,
-    fields=gru.FIELDS,
-    check=gru.check,
-    config="configs/text.py:gru",
-  ),
+  **{
+    name: kinds.Kind(
+      recurrent.Recurrent,
+      fields=recurrent.FIELDS,
+      check=recurrent.check,
+      config=f"configs/text.py:{name}",
+    )
+    for name in recurrent.CELLS
+  },
 }
 
 # Bytes that a window of tokens is looked for in, for each; twice as many where

@@ -17,6 +17,7 @@ BYTES = 256
 
 _SIZES = ("num_layers", "num_heads", "embed_dim", "mlp_dim", "context_length")
 FIELDS = (*_SIZES, "positions", "mlp", "dropout", "scan_layers", "remat")
+OPTIONAL = ("lora_rank",)
 
 # (logical axis of the inputs, of the outputs) -> layer.
 Linear = Callable[..., nnx.Linear]
@@ -38,9 +39,15 @@ def _linear(
     "mlp": model.mlp_dim,
     "vocab": vocabulary,
   }
+  rank = model.get("lora_rank", 0)
+  layer = (
+    functools.partial(nnx.LoRALinear, lora_rank=rank, lora_dtype=dtype)
+    if rank
+    else nnx.Linear
+  )
 
   def linear(inputs: str, outputs: str, **options: Any) -> nnx.Linear:
-    return nnx.Linear(
+    return layer(
       sizes[inputs],
       sizes[outputs],
       use_bias=False,
@@ -170,6 +177,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
   """A pre-norm decoder over bytes or other tokens.
 
+  With model.lora_rank each linear layer also has two matrices of that rank,
+  https://arxiv.org/abs/2106.09685. At first their product is 0.
+
   Args:
     model: the sizes, `config.model` of configs/text.py.
     vocabulary: how many tokens there are.
@@ -277,6 +287,10 @@ def check(model: ml_collections.ConfigDict) -> None:
       f"config.model.embed_dim={model.embed_dim} must be a multiple of {step}:"
       f" {model.num_heads} heads"
       f"{', each of an even width' if model.positions == 'rotary' else ''}"
+    )
+  if "lora_rank" in model and model.lora_rank < 0:
+    raise UsageError(
+      f"config.model.lora_rank={model.lora_rank} must be 0, for none, or more"
     )
   if not 0 <= model.dropout < 1:
     raise UsageError(

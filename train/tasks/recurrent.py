@@ -1,5 +1,8 @@
 """A recurrent network over bytes or other tokens."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -11,12 +14,21 @@ from train.tasks.transformer import BYTES, Embed, starts
 
 FIELDS = ("embed_dim", "hidden_dim", "context_length")
 
+# Name -> the cell, and zeros -> its first state.
+CELLS: Mapping[str, tuple[Any, Callable[[jax.Array], Any]]] = {
+  "gru": (nnx.GRUCell, lambda zeros: zeros),
+  "lstm": (nnx.OptimizedLSTMCell, lambda zeros: (zeros, zeros)),
+}
 
-class Gru(nnx.Module):
-  """A layer of gated recurrent units, https://arxiv.org/abs/1406.1078.
+
+class Recurrent(nnx.Module):
+  """A recurrent layer.
+
+  Its cells are gated recurrent units, https://arxiv.org/abs/1406.1078, or those
+  of an LSTM, https://doi.org/10.1162/neco.1997.9.8.1735.
 
   Args:
-    model: the sizes, `config.model` of configs/text.py:gru.
+    model: the cell and the sizes, `config.model` of configs/text.py:gru.
     vocabulary: how many tokens there are.
     dtype: of the computation; the logits are always float32.
     rngs: stream "params".
@@ -37,7 +49,8 @@ class Gru(nnx.Module):
       embedding_metadata=logical("vocab", "embed"),
       rngs=rngs,
     )
-    self.cell = nnx.GRUCell(
+    cell, self._first = CELLS[model.name]
+    self.cell = cell(
       model.embed_dim,
       model.hidden_dim,
       dtype=dtype,
@@ -64,12 +77,13 @@ class Gru(nnx.Module):
         all are of one. Each document starts from a state of zeros.
     """
     x = self.embed(tokens).swapaxes(0, 1)
-    state = jnp.zeros((len(tokens), self.cell.hidden_features), x.dtype)
+    zeros = jnp.zeros((len(tokens), self.cell.hidden_features), x.dtype)
+    state = self._first(zeros)
     if documents is None:
       _, states = jax.lax.scan(self.cell, state, x)
     else:
       step = lambda state, at: self.cell(
-        jnp.where(at[0][:, None], 0, state), at[1]
+        jax.tree.map(lambda x: jnp.where(at[0][:, None], 0, x), state), at[1]
       )
       fresh = starts(documents).swapaxes(0, 1)
       _, states = jax.lax.scan(step, state, (fresh, x))

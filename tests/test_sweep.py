@@ -8,6 +8,7 @@ import pytest
 from matplotlib import image
 
 import configs.sweep
+from train.main import main
 from train.sweep import __main__ as sweep
 from train.sweep import comparison, plan, random_search
 
@@ -142,6 +143,35 @@ def test_few_runs_at_once_are_the_same_runs(swept, tmp_path):
     keys = ["job", "method", "learning_rate", "seed", "step"]
     frames.append(frame.set_index(keys).sort_index()["test/loss"])
   np.testing.assert_allclose(*frames, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_job_starts_from_another_run(tmp_path, capsys):
+  before = tmp_path / "before"
+  file, field = "configs/digits.py:augmented", "model.widths=(4,)"
+  given = [
+    "--config=configs/sweep.py",
+    f"--config.jobs=('{file} {field} init_from={before}',)",
+    "--config.interpolating=()",
+    "--config.methods=('adamw',)",
+    "--config.learning_rates=(0.001,)",
+    "--config.num_steps=(1,)",
+    "--config.seeds=2",
+    f"--workdir={tmp_path / 'sweep'}",
+  ]
+  assert sweep.main(given) == 2
+  assert f"there is no run {before}; type" in capsys.readouterr().err
+  arguments = [f"--config.{field}", "--config.num_steps=50"]
+  arguments += ["--config.optimizer=adamw", f"--workdir={before}"]
+  assert main([f"--config={file}", *arguments]) == 0
+  assert sweep.main(given) == 0
+  first = [row for row in read(tmp_path / "sweep") if row["step"] == 0]
+  lines = (before / "metrics.jsonl").read_text().splitlines()
+  loss = json.loads(lines[-1])["eval/loss"]
+  assert {row["seed"] for row in first} == {0, 1}
+  for row in first:
+    halves = (row["validation/loss"] + row["test/loss"]) / 2
+    assert halves == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_job_has_fields_of_its_own():

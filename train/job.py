@@ -49,9 +49,15 @@ class Functions:
     self.abstract = nnx.eval_shape(lambda: self._create_objects(0))
     self.graphdef = nnx.graphdef(self.abstract)
 
-  def create(self, seed: jax.typing.ArrayLike) -> nnx.State:
-    """Returns the state of a new model and its optimizer."""
-    return nnx.state(self._create_objects(seed))
+  def create(self, seed: jax.typing.ArrayLike, start: Any = None) -> nnx.State:
+    """Returns the state of a new model and its optimizer.
+
+    Args:
+      seed: of the parameters and of the model's random state.
+      start: a pytree of arrays by path that take the place of the new model's;
+        None for none.
+    """
+    return nnx.state(self._create_objects(seed, start))
 
   def train_step(
     self, state: nnx.State, batch: Batch
@@ -78,9 +84,13 @@ class Functions:
     model.eval()
     return model
 
-  def _create_objects(self, seed: jax.typing.ArrayLike) -> dict[str, Any]:
+  def _create_objects(
+    self, seed: jax.typing.ArrayLike, start: Any = None
+  ) -> dict[str, Any]:
     config = self._config
     model = self.task.create_model(nnx.Rngs(jax.random.key(seed)))
+    if start is not None:
+      nnx.update(model, start)
     mesh_lib.annotate(model)
     # Drawn in float32 and cast: jax.random.normal in bfloat16 takes 8 random
     # bits, and its draws have a mean of -0.01 (jax 0.12).

@@ -82,6 +82,9 @@ def train(units: Sequence[plan.Unit], file: Any) -> None:
     units: from `plan.make_units`.
     file: a line for each evaluation of each run. The lines of a unit at one
       length are written at once.
+
+  Raises:
+    UsageError: a run that a job starts from is not there.
   """
   log = files.log(file)
   done = {plan.key(row) for row in read(file)}
@@ -94,6 +97,8 @@ def train(units: Sequence[plan.Unit], file: Any) -> None:
       missing.append((unit, lengths))
   if not missing:
     return
+  for unit, _ in missing:
+    unit.check()
   lock, stopped = threading.Lock(), threading.Event()
   steps = 0
 

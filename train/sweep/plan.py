@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import flax_mechanic
+from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
 from train import flags
@@ -56,6 +57,15 @@ class Unit(NamedTuple):
     crc32 = self._config_crc32()
     for (rate, seed), step in itertools.product(self.runs(), sorted(steps)):
       yield self.job, crc32, num_steps, rate, seed, step
+
+  def check(self) -> None:
+    """Raises a UsageError if the run that it starts from is not there."""
+    before = self.config.init_from
+    if before and not storage.path(before).is_dir():
+      raise UsageError(
+        f"{self.job}: there is no run {before}; type python -m train.main"
+        f" --config=FILE --workdir={before} to train it, with the job's FILE"
+      )
 
   def train(self, lengths: tuple[int, ...]) -> Iterator[tuple[int, list[Row]]]:
     """Yields the length and the rows of each evaluation, length by length."""

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import flax_mechanic
@@ -30,6 +31,9 @@ class Runs:
   A run is the job as `train.main` runs it on one device: its batches, steps and
   parameters are those of its seed. The learning rate, the seed and the schedule
   are arguments of the compiled program, so one program serves every length.
+
+  A job with `config.init_from` starts from that run's parameters, except LoRA's
+  and without its optimizer's state, as with `config.init_params_only`.
 
   The held-out examples are split in two: every second one, from the first on,
   is for tuning ("validation/"), and the others are for reporting ("test/").
@@ -71,9 +75,25 @@ class Runs:
       )
       return job_lib.Functions(task, self._config, tx)
 
-    def create(run: tuple[jax.Array, jax.Array], shape: jax.Array) -> nnx.State:
+    def create(
+      run: tuple[jax.Array, jax.Array], shape: jax.Array, start: Any
+    ) -> nnx.State:
       rate, seed = run
-      return functions(rate, shape).create(seed)
+      return functions(rate, shape).create(seed, start)
+
+    def start() -> Any:
+      """Returns the parameters, and batch statistics, of config.init_from."""
+      if not self._config.init_from:
+        return None
+      model = functions(1.0, jnp.ones(max_steps)).abstract["model"]
+      saved = nnx.state(model, nnx.Not(nnx.Any(nnx.RngState, nnx.LoRAParam)))
+      placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=NamedSharding(self._mesh, P())
+        ),
+        nnx.as_pure(saved),
+      )
+      return flax_mechanic.load_params(self._config.init_from, placed)
 
     def train(
       state: nnx.State,
@@ -103,6 +123,7 @@ class Runs:
 
       return mapped
 
+    self._start = start
     self._create = jax.jit(over_runs(create, 1))
     self._train = jax.jit(over_runs(train, 2), donate_argnums=0)
     self._evaluate = jax.jit(over_runs(evaluate, 1))
@@ -133,7 +154,7 @@ class Runs:
     rates = jnp.asarray([rate for rate, _ in runs], jnp.float32)
     seeds = jnp.asarray([seed for _, seed in runs], jnp.int32)
     with jax.set_mesh(self._mesh):
-      state = self._create((rates, seeds), shape)
+      state = self._create((rates, seeds), shape, self._start())
       yield _rows(runs, 0, jax.device_get(self._splits(state)))
       step = 0
       while step < num_steps:

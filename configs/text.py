@@ -17,6 +17,14 @@ and - was not run:
   :small        3.3    3.6  a transformer of one layer
   :gru          2.9    3.5  a recurrent network
   :lstm           -    3.8  another one
+
+:tune and :lora are :small on other text, after the standard library. With adamw
+they end with 2.4 and 2.9, 400 steps after
+
+  python -m train.main --config=configs/text.py:small --config.optimizer=adamw \
+    --config.num_steps=1600 --workdir=runs/before
+
+:deep has four layers over 512 tokens; with adamw it ends with 2.7.
 """
 
 import os

@@ -145,6 +145,17 @@ def test_few_runs_at_once_are_the_same_runs(swept, tmp_path):
   np.testing.assert_allclose(*frames, rtol=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["confirmation", "confirmation_long"])
+def test_jobs_that_nothing_was_chosen_on(variant):
+  config = configs.sweep.get_config(variant)
+  old = configs.sweep.get_config()
+  chosen_on = {*old.jobs, *old.interpolating}
+  assert chosen_on.isdisjoint([*config.jobs, *config.interpolating])
+  config.methods = config.methods[:1]
+  units = plan.make_units(config)
+  assert len({(unit.job, unit.sweep.num_steps) for unit in units}) == len(units)
+
+
 @pytest.mark.slow
 def test_a_job_starts_from_another_run(tmp_path, capsys):
   before = tmp_path / "before"

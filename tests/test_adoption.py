@@ -360,9 +360,9 @@ def test_lora_starts_from_a_model_with_or_without_it(tmp_path):
   assert not any("new" in note for note in notes)
   same(again(x), model(x))
   # Nothing else may be missing.
-  del base.bias
+  del base.kernel
   save_standard(tmp_path / "less", nnx.state(base))
-  with pytest.raises(UsageError, match="holds no bias"):
+  with pytest.raises(UsageError, match="holds no kernel"):
     optimizer.init_from(model, tmp_path / "less")
 
 

@@ -8,7 +8,8 @@ import pytest
 from matplotlib import image
 
 import configs.sweep
-from train.main import main
+from flax_mechanic.errors import UsageError
+from train import loop
 from train.sweep import __main__ as sweep
 from train.sweep import comparison, plan, random_search
 
@@ -157,28 +158,21 @@ def test_jobs_that_nothing_was_chosen_on(variant):
 
 
 @pytest.mark.slow
-def test_a_job_starts_from_another_run(tmp_path, capsys):
-  before = tmp_path / "before"
-  file, field = "configs/digits.py:augmented", "model.widths=(4,)"
-  given = [
-    "--config=configs/sweep.py",
-    f"--config.jobs=('{file} {field} init_from={before}',)",
-    "--config.interpolating=()",
-    "--config.methods=('adamw',)",
-    "--config.learning_rates=(0.001,)",
-    "--config.num_steps=(1,)",
-    "--config.seeds=2",
-    f"--workdir={tmp_path / 'sweep'}",
-  ]
-  assert sweep.main(given) == 2
-  assert f"there is no run {before}; type" in capsys.readouterr().err
-  arguments = [f"--config.{field}", "--config.num_steps=50"]
-  arguments += ["--config.optimizer=adamw", f"--workdir={before}"]
-  assert main([f"--config={file}", *arguments]) == 0
-  assert sweep.main(given) == 0
-  first = [row for row in read(tmp_path / "sweep") if row["step"] == 0]
-  lines = (before / "metrics.jsonl").read_text().splitlines()
-  loss = json.loads(lines[-1])["eval/loss"]
+def test_a_job_starts_from_another_run(tmp_path):
+  before, file = tmp_path / "before", tmp_path / "runs.jsonl"
+  config = configs.sweep.get_config()
+  # With batch statistics.
+  job = f"configs/digits.py:augmented model.widths=(4,) init_from={before}"
+  config.update(jobs=(job,), interpolating=(), methods=("adamw",), seeds=2)
+  config.update(learning_rates=(1e-3,), num_steps=(1,))
+  (unit,) = plan.make_units(config)
+  with pytest.raises(UsageError, match=f"there is no run {before}; type"):
+    sweep.train([unit], file)
+  base = unit.config.copy_and_resolve_references()
+  base.update(init_from="", num_steps=50, eval_every=50, learning_rate=1e-3)
+  loss = loop.train(base, before)["eval/loss"]
+  sweep.train([unit], file)
+  first = [row for row in read(tmp_path) if row["step"] == 0]
   assert {row["seed"] for row in first} == {0, 1}
   for row in first:
     halves = (row["validation/loss"] + row["test/loss"]) / 2

@@ -96,6 +96,34 @@ def test_an_abort_of_jax_waits_for_the_sentence(tmp_path):
   assert "process 0 on localhost was lost" in errors[1]
 
 
+def test_what_is_printed_of_the_loss_of_process_0_is_dropped(tmp_path):
+  started = start(tmp_path, 3)
+  # As jax's threads do, past Python.
+  noise = "import os, threading; os.write(2, b'{}'); print('x', flush=True)"
+  for process, command in zip(
+    started[1:], [noise.format("early"), noise.format("late")], strict=True
+  ):
+    time.sleep(1.2 if process is started[2] else 0)
+    process.stdin.write(command + "; time.sleep(20)\n")
+    process.stdin.flush()
+    assert process.stdout.read(1) == "x"
+  started[0].kill()
+  statuses, errors = finish(started, [None] * 3)
+  assert statuses == [-signal.SIGKILL, 75, 75]
+  assert errors[1].startswith("earlyerror: process 0 on ")
+  assert errors[2].startswith("error: process 0 on ")
+
+
+def test_all_that_is_printed_appears(tmp_path):
+  started = start(tmp_path, 2)
+  much = "import os; os.write(2, b'a' * 2**15)"
+  fail = "print('b', file=sys.stderr); 1 / 0"
+  _, errors = finish(started, ["time.sleep(20)", f"{much}; {fail}"])
+  printed, _, rest = errors[1].partition("b\n")
+  assert printed == "a" * 2**15
+  assert rest.startswith("Traceback")
+
+
 def test_a_process_that_is_done_is_not_lost(tmp_path):
   # The others take longer than they have after one that fails.
   commands = ["time.sleep(1.5)", "pass", "time.sleep(1)"]

@@ -4,6 +4,7 @@ Every process holds a connection to process 0. The kernel closes it however a
 process ends, and gives up on a machine that is silent for 15 seconds.
 """
 
+import collections
 import contextlib
 import ctypes
 import os
@@ -23,6 +24,9 @@ LOST = 75
 _GRACE = 10
 # How long all of them have to connect, in seconds.
 _CONNECT = 60
+# How long what is printed waits to be seen, in seconds, in which a loss may
+# show.
+_MOMENT = 1.0
 # What a process says of itself; any other line is why all end.
 _DONE = "done"
 _FAILED = "failed"
@@ -48,6 +52,8 @@ class Lifeline:
     self._status: int | None = None
     # Each connection, and the process at its other end.
     self._peers: dict[socket.socket, str] = {}
+    # Of the loss of process 0 jax's threads print 30 lines, at the same time.
+    self._stderr = _LateStderr() if state.process_id else None
     try:
       if state.process_id == 0:
         self._accept(state)
@@ -75,6 +81,8 @@ class Lifeline:
       time.sleep(1)
     self._status = 2 if kind else 0
     self._tell(_FAILED if kind else _DONE)
+    if self._stderr:
+      self._stderr.close()
 
   def _accept(self, state: Any) -> None:
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -123,6 +131,8 @@ class Lifeline:
     """Ends this process, whatever its main thread is waiting for."""
     if self._status is None:
       self._tell(sentence)
+      if self._stderr:
+        self._stderr.drop()
       _say(
         f"error: {sentence}; start the job again, with as many processes or "
         "fewer, and it resumes"
@@ -133,6 +143,57 @@ class Lifeline:
     for peer in self._peers:
       with contextlib.suppress(OSError):
         peer.sendall(f"{line}\n".encode())
+
+
+class _LateStderr:
+  """Has what the process prints to stderr appear a moment later.
+
+  Until then it can be dropped, whichever thread has printed it, also one of
+  C++. A process that is killed loses what it printed in that moment.
+  """
+
+  def __init__(self) -> None:
+    self._stderr = os.dup(2)
+    source, sink = os.pipe()
+    os.dup2(sink, 2)
+    os.close(sink)
+    self._dropped = False
+    self._copying = threading.Thread(
+      target=self._copy, args=[source], daemon=True
+    )
+    self._copying.start()
+
+  def _copy(self, source: int) -> None:
+    # What has been printed, and when it is to appear.
+    waiting: collections.deque[tuple[float, bytes]] = collections.deque()
+    more = True
+    with (
+      selectors.DefaultSelector() as selector,
+      os.fdopen(self._stderr, "wb", closefd=False) as stderr,
+    ):
+      selector.register(source, selectors.EVENT_READ)
+      while (more or waiting) and not self._dropped:
+        due = waiting[0][0] - time.monotonic() if waiting else None
+        if more and (due is None or due > 0):
+          if selector.select(due):
+            data = os.read(source, 2**16)
+            more = bool(data)
+            waiting.append((time.monotonic() + _MOMENT, data))
+        else:
+          with contextlib.suppress(OSError):
+            stderr.write(waiting.popleft()[1])
+            stderr.flush()
+
+  def drop(self) -> None:
+    """Drops what has not appeared yet; what comes after it appears at once."""
+    self._dropped = True
+    os.dup2(self._stderr, 2)
+
+  def close(self) -> None:
+    """Has everything appear at once, from now on."""
+    os.dup2(self._stderr, 2)
+    # That is the end of the pipe, unless a child is still there.
+    self._copying.join(timeout=2 * _MOMENT)
 
 
 def _say(sentence: str) -> None:

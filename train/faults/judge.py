@@ -16,9 +16,8 @@ Outcome = Literal[
 OUTCOMES: Sequence[Outcome] = get_args(Outcome)
 GOOD: Sequence[Outcome] = ("same numbers", "one sentence")
 
-# Of standard error. Damage is told there too, and of a lost process jax's
-# threads may print 17 lines before the run prints its own.
-_LINES = 20
+# Of standard error, where damage is told too.
+_LINES = 5
 
 
 class Verdict(NamedTuple):

@@ -16,7 +16,6 @@ an eval/loss of 0.064.
 import ml_collections
 
 from configs import default
-from flax_mechanic.errors import UsageError, did_you_mean
 
 _VARIANTS = {
   "": {},
@@ -34,11 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   Raises:
     UsageError: no such variant.
   """
-  if variant not in _VARIANTS:
-    raise UsageError(
-      f"configs/autoencoder.py has no variant {variant!r}"
-      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
-    )
+  default.check_variant("configs/autoencoder.py", variant, _VARIANTS)
   config = default.get_config()
   config.task = "autoencoder"
   config.num_steps = 400

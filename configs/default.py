@@ -1,8 +1,11 @@
 """The fields that every job has; a job's own file starts from them."""
 
+from collections.abc import Collection
+
 import ml_collections
 
 import flax_mechanic
+from flax_mechanic.errors import UsageError, did_you_mean
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -73,3 +76,21 @@ def get_config() -> ml_collections.ConfigDict:
   # config.grad_clip, config.accumulate_steps and others.
   flax_mechanic.add_optimizer_config(config)
   return config
+
+
+def check_variant(file: str, variant: str, variants: Collection[str]) -> None:
+  """Checks what follows the colon of `configs/digits.py:cnn`.
+
+  Args:
+    file: the config file.
+    variant: what follows, or "".
+    variants: those that there are.
+
+  Raises:
+    UsageError: no such variant.
+  """
+  if variant not in variants:
+    raise UsageError(
+      f"{file} has no variant {variant!r}"
+      f"{did_you_mean(variant, filter(None, variants))}"
+    )

@@ -22,7 +22,6 @@ run:
 import ml_collections
 
 from configs import default
-from flax_mechanic.errors import UsageError, did_you_mean
 
 # What the five share; the learning rate is adamw's.
 _SMALL = {
@@ -71,11 +70,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   Raises:
     UsageError: no such variant.
   """
-  if variant not in _VARIANTS:
-    raise UsageError(
-      f"configs/digits.py has no variant {variant!r}"
-      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
-    )
+  default.check_variant("configs/digits.py", variant, _VARIANTS)
   config = default.get_config()
   config.task = "digits"
 

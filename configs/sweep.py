@@ -25,7 +25,7 @@ On your own job:
 import ml_collections
 
 import flax_mechanic
-from flax_mechanic.errors import UsageError, did_you_mean
+from configs import default
 
 _MOMENTUM = "opt.sgd.momentum=0.9"
 _TUNED = ("adamw", f"sgd: optimizer=sgd {_MOMENTUM}", "lion")
@@ -191,11 +191,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   Raises:
     UsageError: no such variant.
   """
-  if variant not in _VARIANTS:
-    raise UsageError(
-      f"configs/sweep.py has no variant {variant!r}"
-      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
-    )
+  default.check_variant("configs/sweep.py", variant, _VARIANTS)
   config = ml_collections.ConfigDict()
   # Config files of jobs with fresh data, noise or few parameters. One half of
   # the held-out examples is for tuning learning rates; the loss on the other

@@ -18,7 +18,6 @@ an eval/loss of 0.26 and 0.087.
 import ml_collections
 
 from configs import default
-from flax_mechanic.errors import UsageError, did_you_mean
 
 _VARIANTS = {
   "breast_cancer": {"data": {"label_noise": 0.1}, "model": {"widths": ()}},
@@ -39,11 +38,7 @@ def get_config(variant: str = "breast_cancer") -> ml_collections.ConfigDict:
   Raises:
     UsageError: no such variant.
   """
-  if variant not in _VARIANTS:
-    raise UsageError(
-      f"configs/tabular.py has no variant {variant!r}"
-      f"{did_you_mean(variant, _VARIANTS)}"
-    )
+  default.check_variant("configs/tabular.py", variant, _VARIANTS)
   config = default.get_config()
   config.task = "tabular"
   config.num_steps = 400

@@ -15,7 +15,6 @@ learning rate that stays. With adamw it ends with an eval/loss of 0.153.
 import ml_collections
 
 from configs import default
-from flax_mechanic.errors import UsageError, did_you_mean
 
 _VARIANTS = {
   "": {},
@@ -36,11 +35,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   Raises:
     UsageError: no such variant.
   """
-  if variant not in _VARIANTS:
-    raise UsageError(
-      f"configs/teacher.py has no variant {variant!r}"
-      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
-    )
+  default.check_variant("configs/teacher.py", variant, _VARIANTS)
   config = default.get_config()
   config.task = "teacher"
   config.num_steps = 400

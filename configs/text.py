@@ -34,7 +34,6 @@ from typing import Any
 import ml_collections
 
 from configs import default
-from flax_mechanic.errors import UsageError, did_you_mean
 
 
 def _transformer(**sizes: Any) -> dict[str, Any]:
@@ -193,11 +192,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   Raises:
     UsageError: no such variant.
   """
-  if variant not in _VARIANTS:
-    raise UsageError(
-      f"configs/text.py has no variant {variant!r}"
-      f"{did_you_mean(variant, filter(None, _VARIANTS))}"
-    )
+  default.check_variant("configs/text.py", variant, _VARIANTS)
   config = default.get_config()
   config.task = "text"
   # For adamw; other optimizers that are tuned by hand need another one.

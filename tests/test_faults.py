@@ -572,7 +572,7 @@ def run(workdir, *arguments, limit="unlimited"):
 def test_a_full_disk(tmp_path, limit, words, options):
   more = ["--config.num_steps=120", *options]
   process = run(tmp_path, *more, limit=limit)
-  _, error = process.communicate(timeout=300)
+  _, error = process.communicate(timeout=60)
   assert process.returncode == 2
   assert error.startswith("error: ")
   assert words in error

@@ -126,11 +126,11 @@ def test_processes_train_save_and_resume_as_one(tmp_path):
   newest = together / "checkpoints" / "8"
   for each in newest.rglob("ocdbt.process_1/d/*"):
     os.truncate(each, each.stat().st_size // 2)
-  output, _ = run(together, 2, 4, *job)
+  # Another number of processes goes on, and then a single one.
+  output, *_ = run(together, 4, 2, *job)
   assert "resuming" in output
   assert "at step 4" in output
   assert metrics(together) == measured
-  # A single one goes on.
   assert "at step 8" in run_alone(together, *TEXT, "--config.num_steps=12")
   assert_same_run(metrics(together), metrics(whole))
   saved = {path.name for path in newest.parent.iterdir()}

@@ -28,21 +28,17 @@ import flax_mechanic
 from configs import default
 
 _MOMENTUM = "opt.sgd.momentum=0.9"
-_TUNED = ("adamw", f"sgd: optimizer=sgd {_MOMENTUM}", "lion")
+_TUNED = ("adamw", "muon", f"sgd: optimizer=sgd {_MOMENTUM}", "lion")
 _MECHANIC = (
   "mechanic",
+  "mechanic(muon): optimizer=mechanic opt.mechanic.base=muon",
   f"mechanic(sgd): optimizer=mechanic opt.mechanic.base=sgd {_MOMENTUM}",
   "mechanic(lion): optimizer=mechanic opt.mechanic.base=lion",
-)
-_DROP_IN = (
-  "mechanize",
-  f"mechanize(sgd): optimizer=mechanize opt.mechanize.base=sgd {_MOMENTUM}",
-  "mechanize(lion): optimizer=mechanize opt.mechanize.base=lion",
 )
 _METHODS = (
   *_TUNED,
   *_MECHANIC,
-  *_DROP_IN,
+  "mechanize",
   "prodigy",
   "dadapt_adamw",
   "dog",
@@ -104,12 +100,7 @@ _CONFIRMATION_LONG = (
   "configs/text.py:lora runs_at_once=1 num_steps=(1600,)",
   "configs/text.py:lstm runs_at_once=1 num_steps=(1600,)",
 )
-_CONFIRMED = (
-  *_TUNED,
-  "muon",
-  *_MECHANIC,
-  "mechanic(muon): optimizer=mechanic opt.mechanic.base=muon",
-)
+_CONFIRMED = (*_TUNED, *_MECHANIC)
 
 _FEW = {
   "jobs": ("configs/teacher.py", "configs/digits.py:logistic"),
@@ -134,7 +125,7 @@ _VARIANTS = {
   "": {},
   "quick": {
     **_FEW,
-    "methods": (*_TUNED, *_MECHANIC, _DROP_IN[0], "prodigy"),
+    "methods": (*_TUNED, *_MECHANIC, "mechanize", "prodigy"),
     "num_steps": (400,),
   },
   "confirmation": {
@@ -156,7 +147,7 @@ _VARIANTS = {
   },
   "range": {
     **_FEW,
-    "methods": ("adamw", *_MECHANIC, _DROP_IN[0]),
+    "methods": ("adamw", *_MECHANIC, "mechanize"),
     "learning_rates": _RANGE,
     "factors": _RANGE,
     "num_steps": (400,),

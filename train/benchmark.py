@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--quick", action="store_true")
   arguments = parser.parse_args(argv)
   base, rounds, quick = arguments.base, arguments.rounds, arguments.quick
-  leaves = (10,) if quick else (10, 150, 500)
+  leaves = (2, 4) if quick else (10, 150, 500)
   jobs = {"digits": digits} if quick else _JOBS
 
   device = jax.devices()[0]
@@ -60,10 +60,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   _print_table(
     "time to trace, lower and compile an update, by number of leaves",
-    {
-      str(n): functools.partial(measure.compile_times, base, n)
-      for n in ((5, 10) if quick else leaves)
-    },
+    {str(n): functools.partial(measure.compile_times, base, n) for n in leaves},
   )
   _print_table(
     f"compiled for {device.platform}, {leaves[-1]} leaves, in copies",

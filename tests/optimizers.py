@@ -48,10 +48,14 @@ def is_plain(name):
 # Rows of each way to be built and to keep a state: adamw stands for the plain
 # ones.
 KINDS = [name for name in NAMES if name == "adamw" or not is_plain(name)]
-# Rows of each way in which a job updates and evaluates.
+# A row of each way in which a job updates and evaluates.
 STEPS = [
   *("mechanic", "adamw", "schedule_free"),
-  *(name for name, row in methods().items() if row.needs),
+  *{
+    (row.needs, row.wraps): name
+    for name, row in reversed(methods().items())
+    if row.needs
+  }.values(),
 ]
 
 

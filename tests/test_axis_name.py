@@ -69,12 +69,12 @@ def train(step, state):
   ("method", "map_"),
   [
     ("mechanic", in_pmap),
-    ("dpsgd", in_shard_map),
     *(
       pytest.param(*each, marks=pytest.mark.slow)
       for each in (
         *((method, in_pmap) for method in METHODS if method != "mechanic"),
         ("mechanic", in_shard_map),
+        ("dpsgd", in_shard_map),
       )
     ),
   ],
@@ -93,9 +93,8 @@ def test_a_split_batch_is_a_whole_one(method, map_):
   close(found[1], expected[1])
 
 
-@pytest.mark.parametrize(
-  "map_", [in_shard_map, pytest.param(in_pmap, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("map_", [in_shard_map, in_pmap])
 def test_an_estimate_of_the_hessian_is_the_whole_batch_s(map_):
   def step(state, inputs, targets, key, axis_name="batch"):
     del key

@@ -319,7 +319,9 @@ with flax_mechanic.Checkpointer({str(tmp_path)!r}) as checkpointer:
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-@pytest.mark.parametrize("name", ["prodigy", "cocob"])
+@pytest.mark.parametrize(
+  "name", ["prodigy", pytest.param("cocob", marks=pytest.mark.slow)]
+)
 def test_the_guard_is_put_around_a_saved_state_or_off(tmp_path, name, guarded):
   def opt_state(guard, steps):
     config = add_optimizer_config(ConfigDict(), name)

@@ -508,8 +508,11 @@ def test_a_state_has_one_learning_rate(name):
   ("fields", "reference", "wrap"),
   [
     ({"optimizer": "adamw"}, optax.adamw, jax.jit),
-    ({"optimizer": "adamw"}, optax.adamw, lambda update: update),
-    ({"optimizer": "adamw", "grad_clip": 1.0}, optax.adamw, jax.jit),
+    (
+      {"optimizer": "adamw", "grad_clip": 1.0},
+      optax.adamw,
+      lambda update: update,
+    ),
     (
       {"optimizer": "mechanize"},
       lambda lr: optax.contrib.mechanize(optax.adamw(lr)),

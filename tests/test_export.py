@@ -62,6 +62,7 @@ def test_a_run_starts_from_another_on_another_mesh(source, axis_type):
   assert loss == pytest.approx(metrics(source)[-1]["eval/loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_started_from_another_resumes(source, tmp_path, capsys):
   other = shutil.copytree(source, tmp_path / "other")
   fields = {"init_from": str(other), "num_steps": 10}
@@ -85,8 +86,8 @@ def test_only_parameters(source, tmp_path, capsys):
   [
     ("mechanic", set()),
     # What these evaluate is not what they train.
-    ("schedule_free", {"b1", "z"}),
-    ("dog", {"average"}),
+    pytest.param("schedule_free", {"b1", "z"}, marks=pytest.mark.slow),
+    pytest.param("dog", {"average"}, marks=pytest.mark.slow),
   ],
 )
 def test_a_plain_job_loads_what_is_exported(

@@ -43,7 +43,12 @@ from tests.by_hand import (
 
 
 @pytest.mark.parametrize(
-  ("run", "momentum"), [(NnxRun, None), (LinenRun, None), (LinenRun, 0.9)]
+  ("run", "momentum"),
+  [
+    pytest.param(NnxRun, None, marks=pytest.mark.slow),
+    (LinenRun, None),
+    (LinenRun, 0.9),
+  ],
 )
 def test_dpsgd_clips_each_example_and_averages(x64, run, momentum):
   options = {"l2_norm_clip": CLIP, "noise_multiplier": 0.0}

@@ -305,7 +305,10 @@ def test_scalars_tell_the_range():
   assert all(value.shape == () for value in told.values())
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+  "axis_type",
+  [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+)
 def test_sharded_equals_one_device(axis_type):
   mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
   place = lambda tree: network.place(tree, mesh)

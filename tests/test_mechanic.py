@@ -503,8 +503,8 @@ def in_float32(base):
 @pytest.mark.parametrize(
   ("base", "dtype"),
   [
-    *(("adamw", dtype) for dtype in (jnp.bfloat16, jnp.float16, "mixed")),
-    ("sgd", jnp.bfloat16),
+    *(("adamw", dtype) for dtype in (jnp.bfloat16, "mixed")),
+    pytest.param("sgd", jnp.bfloat16, marks=pytest.mark.slow),
     ("lion", jnp.float16),
   ],
 )

@@ -248,8 +248,15 @@ def test_dog_evaluates_averaged_iterates(x64, run):
 # Every row.
 
 
-# The plain ones are slow, but for their representative.
-ROWS = list(optimizers.cases(optimizers.NAMES, optimizers.KINDS))
+# The plain ones are slow, but for their representative, and so is one of two
+# that share most of their code.
+TWINS = {
+  *("mechanize", "dadapt_adamw", "dowg", "momo_adam"),
+  "differentially_private_aggregate",
+}
+QUICK = set(optimizers.KINDS) - TWINS
+ROWS = list(optimizers.cases(optimizers.NAMES, QUICK))
+KINDS = list(optimizers.cases(optimizers.KINDS, QUICK))
 
 
 @functools.cache
@@ -305,7 +312,7 @@ def test_a_first_update_of_nothing_is_safe(name, zero):
   assert np.mean(losses[-10:]) < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", optimizers.KINDS)
+@pytest.mark.parametrize("name", KINDS)
 def test_eager_states_can_be_donated_with_the_parameters(name):
   step, one = row_step(name), jnp.float32(1.0)
   ends = []
@@ -348,7 +355,7 @@ def test_bfloat16_parameters_stay_finite(name):
   assert np.isfinite(loss)
 
 
-@pytest.mark.parametrize("name", optimizers.KINDS)
+@pytest.mark.parametrize("name", KINDS)
 def test_reanchoring_is_a_fresh_start(name):
   tx = row(name)
   step, one = row_step(name), jnp.float32(1.0)

@@ -280,7 +280,9 @@ def jitted_vmap(f, **axes):
   return nnx.jit(nnx.vmap(f, **axes))
 
 
-@pytest.mark.parametrize("map_", [jitted_vmap, nnx.pmap])
+@pytest.mark.parametrize(
+  "map_", [jitted_vmap, pytest.param(nnx.pmap, marks=pytest.mark.slow)]
+)
 def test_minimize_over_seeds_is_flax_s_step(map_):
   def make(cls, key):
     objects = create(key, norm=False)

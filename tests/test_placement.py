@@ -98,18 +98,22 @@ def check_state(state, params, specs):
 
 
 def train_state_cases():
-  """Yields every combination for some methods, and one for each other step.
+  """Yields every combination for mechanic, and one for each other step.
 
   Where a leaf is placed does not depend on the API, and `cases` has every kind.
   """
   for i, name in enumerate(optimizers.KINDS):
-    if name in ("mechanic", "prodigy"):
+    if name == "mechanic":
       for axis_type, shard_over in itertools.product(AXIS_TYPES, SHARD_OVER):
-        yield pytest.param(name, axis_type, shard_over)
-    elif name in optimizers.STEPS:
+        quick = (axis_type == AxisType.Auto) == bool(shard_over)
+        yield pytest.param(
+          *(name, axis_type, shard_over),
+          marks=() if quick else pytest.mark.slow,
+        )
+    elif name in optimizers.STEPS or name == "prodigy":
       yield pytest.param(
         *(name, AXIS_TYPES[i % 2], SHARD_OVER[i // 2 % 2]),
-        marks=pytest.mark.slow,
+        marks=() if name == "prodigy" else pytest.mark.slow,
       )
 
 
@@ -166,7 +170,8 @@ def cases():
   """Yields every combination for mechanic, and two for each other kind.
 
   Those are on either type of axes: one with each way in which the placement is
-  known, in turns, and one with the state split further and in host memory.
+  known, in turns, and one with the state split further and in host memory. Of
+  mechanic's, the half is quick that has every combination of three causes.
   """
   ways = list(itertools.product([True, False], [True, False]))
   for i, name in enumerate(optimizers.KINDS):
@@ -181,7 +186,14 @@ def cases():
       split = [(axis_type, True, True, ("data",)) for axis_type in AXIS_TYPES]
     for offload, each in ((False, known), (True, split)):
       for axis_type, annotated, jitted, shard_over in each:
-        quick = name in QUICK and (offload or name == "mechanic")
+        causes = (
+          axis_type == AxisType.Auto,
+          annotated,
+          jitted,
+          shard_over != (),
+        )
+        quick = name in QUICK and offload
+        quick |= name == "mechanic" and sum(causes) % 2 == 0
         yield pytest.param(
           *(name, axis_type, annotated, jitted, shard_over, offload),
           marks=() if quick else pytest.mark.slow,
@@ -275,10 +287,8 @@ def test_every_leaf_stays_where_it_belongs(
   assert losses == pytest.approx(losses_of_one_device(name), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-  "axis_type",
-  [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
 def test_outside_of_the_mesh_s_context(axis_type):
   devices = make_mesh(axis_type)
   with jax.set_mesh(devices):
@@ -308,7 +318,12 @@ def test_where_nothing_is_known_nothing_is_promised():
   with jax.set_mesh(devices):
     model, optimizer = nnx.jit(create)()
     assert not optimizer.shardings.by_path
-    optimizer.update(model, nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def update(model, optimizer):
+      optimizer.update(model, nnx.state(model, nnx.Param))
+
+    update(model, optimizer)
 
 
 def test_an_annotated_scalar_is_known():
@@ -322,9 +337,8 @@ def test_an_annotated_scalar_is_known():
   assert list(optimizer.shardings.by_path) == ["scale"]
 
 
-@pytest.mark.parametrize(
-  "make", [pytest.param(Optimizer, marks=pytest.mark.slow), TrainState]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [Optimizer, TrainState])
 def test_offloads_from_one_device_too(make):
   params, tx = {"w": jnp.ones((4, 3))}, make_tx("mechanic")
   if make is Optimizer:

@@ -184,8 +184,6 @@ def test_the_page_says_how_many_lines():
 # The rest is slow, and what is neither listed nor drawn by `flips` exhaustive.
 FAST = {
   "bare_optax.tx": ["mechanic"],
-  "dataclass_config.tx": ["mechanic"],
-  "gemma.full": ["mechanic"],
   "mnist.full": ["mechanic"],
   "vae.full": ["mechanic"],
 }

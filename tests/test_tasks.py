@@ -77,7 +77,7 @@ def test_batches_are_a_pure_function_of_seed_and_step(name):
 
 # tests/test_train.py trains an augmented job.
 _ELSEWHERE = {"digits", "cnn", "augmented"}
-_SLOW = {"changing", "lstm", "ratings", "vae", "wine"}
+_SLOW = {"changing", "gru", "lstm", "ratings", "small", "vae", "vit", "wine"}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,11 @@ def test_whole_runs_can_be_vmapped_over_seeds(name):
 
 @pytest.mark.parametrize(
   ("name", "model"),
-  [("cnn", {}), ("vit", {"num_layers": 1}), ("autoencoder", {})],
+  [
+    ("cnn", {}),
+    pytest.param("vit", {"num_layers": 1}, marks=pytest.mark.slow),
+    ("autoencoder", {}),
+  ],
 )
 def test_bfloat16(name, model):
   references.check_bfloat16(make(name, dtype="bfloat16", model=model))

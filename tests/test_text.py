@@ -432,7 +432,9 @@ def test_dropout_only_where_asked(folder):
   assert loss(model, batch)[0] == loss(model, batch)[0]
 
 
-@pytest.mark.parametrize("variant", ["tiny", "gru"])
+@pytest.mark.parametrize(
+  "variant", ["tiny", pytest.param("gru", marks=pytest.mark.slow)]
+)
 def test_bfloat16(folder, variant):
   task = text(folder, variant, dtype="bfloat16")
   check_bfloat16(task)

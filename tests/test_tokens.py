@@ -93,7 +93,13 @@ def test_bits_per_byte_are_those_of_all_that_is_predicted(folder, data):
   np.testing.assert_allclose(mean, bits / sizes[same].sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "rotary"))
+    for name in MODELS
+  ],
+)
 def test_a_document_is_seen_as_if_it_were_alone(folder, name):
   variant, model_fields = MODELS[name]
   task = make(folder, variant, model_fields, separate_documents=True)

@@ -154,16 +154,16 @@ def test_a_writer_with_clu_s_interface_can_be_passed_in(tmp_path):
   assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("get_config", "variant", "fields"),
   [
     # Its batch statistics are state that no gradient changes.
     (digits.get_config, "augmented", {}),
-    pytest.param(
+    (
       text.get_config,
       "tiny",
       {"model__dropout": 0.1, "data__eval_windows": 16, "sample_length": 8},
-      marks=pytest.mark.slow,
     ),
   ],
 )

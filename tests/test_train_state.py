@@ -178,7 +178,9 @@ def test_minimize_keeps_the_fields_of_a_subclass():
   assert loss == value
 
 
-@pytest.mark.parametrize("method", ["momo", "sam"])
+@pytest.mark.parametrize(
+  "method", ["momo", pytest.param("sam", marks=pytest.mark.slow)]
+)
 def test_a_dynamic_scale_does_not_show(method):
   """A power of two is in no rounding, nor is a step that overflows kept."""
 

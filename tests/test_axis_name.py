@@ -113,7 +113,9 @@ def test_an_estimate_of_the_hessian_is_the_whole_batch_s(map_):
   assert np.abs(expected["head"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("method", ["momo", "dpsgd"])
+@pytest.mark.parametrize(
+  "method", [pytest.param("momo", marks=pytest.mark.slow), "dpsgd"]
+)
 def test_an_nnx_model_on_a_split_batch(method):
   def loss_fn(model, inputs, targets):
     return jnp.mean((model(inputs) - targets) ** 2)

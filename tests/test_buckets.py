@@ -22,6 +22,8 @@ from tests.references import assert_same
 from train import export, files, flags, inspect, main, plot
 from train.tasks import corpus, make_task
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 TREE = {"params": {"w": jnp.arange(1000.0)}}
@@ -437,7 +439,6 @@ def numbers(text):
   ]
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_in_a_bucket_as_in_a_folder(
   bucket, tmp_path, monkeypatch, capsys
 ):

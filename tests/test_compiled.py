@@ -48,13 +48,13 @@ FLAGS = {"groups": ".*", "relative_s_init": 0.01, "mean_decay": True}
     (AxisType.Auto, compile_train_state, FLAGS),
     (AxisType.Explicit, facts.compile_bare, FLAGS),
     (AxisType.Explicit, facts.compile_optimizer, FLAGS),
-    (AxisType.Explicit, compile_train_state, FLAGS),
     *(
       pytest.param(
         *(axis_type, compile_train_state, options), marks=pytest.mark.slow
       )
       for axis_type in (AxisType.Auto, AxisType.Explicit)
-      for options in ({}, {"x0_dtype": "bfloat16"})
+      for options in ({}, {"x0_dtype": "bfloat16"}, FLAGS)
+      if (axis_type, options) != (AxisType.Auto, FLAGS)
     ),
   ],
 )

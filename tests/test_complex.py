@@ -97,8 +97,10 @@ def test_complex_parameters_train_and_resume_bit_for_bit(tmp_path, make_job):
   [
     ("mechanic", complex_nnx_job),
     ("momo", complex_nnx_job),
+    ("schedule_free", complex_linen_job),
     *(
-      (base, complex_linen_job) for base in ("prodigy", "dog", "schedule_free")
+      pytest.param(base, complex_linen_job, marks=pytest.mark.slow)
+      for base in ("prodigy", "dog")
     ),
   ],
 )

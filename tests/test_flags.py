@@ -535,7 +535,7 @@ def test_subprocess_ctrl_c_while_it_imports(module):
   "module",
   [
     ["train.main", "--help", "--config=configs/digits.py"],
-    ["train.inspect", "{workdir}"],
+    pytest.param(["train.inspect", "{workdir}"], marks=pytest.mark.slow),
   ],
   ids=["main", "inspect"],
 )

@@ -192,17 +192,13 @@ def test_rows_of_a_batch_are_those_of_the_whole(job):
       np.testing.assert_array_equal(array, whole[name][3:6])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("job", "sizes", "axis_type"),
   [
     # One job on every mesh, the others on those with a tensor axis; each job,
     # and each of these meshes, on axes of either type.
-    pytest.param(
-      job,
-      sizes,
-      ("auto", "explicit")[(i + j) % 2],
-      marks=() if job == "digits" and sizes is MESHES[0] else pytest.mark.slow,
-    )
+    (job, sizes, ("auto", "explicit")[(i + j) % 2])
     for i, job in enumerate(JOBS)
     for j, sizes in enumerate(MESHES)
     if job == "digits" or "tensor" in sizes

@@ -248,15 +248,9 @@ def test_dog_evaluates_averaged_iterates(x64, run):
 # Every row.
 
 
-# The plain ones are slow, but for their representative, and so is one of two
-# that share most of their code.
-TWINS = {
-  *("mechanize", "dadapt_adamw", "dowg", "momo_adam"),
-  "differentially_private_aggregate",
-}
-QUICK = set(optimizers.KINDS) - TWINS
-ROWS = list(optimizers.cases(optimizers.NAMES, QUICK))
-KINDS = list(optimizers.cases(optimizers.KINDS, QUICK))
+# Those that add nothing to `DISTINCT` are slow.
+ROWS = list(optimizers.cases(optimizers.NAMES, optimizers.DISTINCT))
+KINDS = list(optimizers.cases(optimizers.KINDS, optimizers.DISTINCT))
 
 
 @functools.cache
@@ -295,8 +289,14 @@ def assert_finite(x, state):
       assert not np.any(np.isnan(leaf))
 
 
-@pytest.mark.parametrize("zero", ["rate", "gradient"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(
+  ("name", "zero"),
+  [
+    *optimizers.cases(optimizers.NAMES, optimizers.DISTINCT, "gradient"),
+    # Plain ones multiply their updates by the rate.
+    *optimizers.cases(optimizers.KINDS, optimizers.DISTINCT, "rate"),
+  ],
+)
 def test_a_first_update_of_nothing_is_safe(name, zero):
   step = row_step(name)
   first = jnp.float32(zero != "rate")
@@ -345,7 +345,7 @@ def test_bfloat16_parameters_keep_every_type(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", optimizers.KINDS)
+@pytest.mark.parametrize("name", optimizers.DISTINCT)
 def test_bfloat16_parameters_stay_finite(name):
   state, step = bfloat16_step(name)
   step = jax.jit(step, donate_argnums=0)

@@ -527,7 +527,13 @@ def test_every_variable_of_the_state_holds_an_array(cls, name):
   jax.eval_shape(train)
 
 
-@pytest.mark.parametrize("name", MASKING)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "mechanic"))
+    for name in MASKING
+  ],
+)
 def test_variables_may_be_shown_to_init_and_update(name):
   params = nnx.state(create()["model"], nnx.Param)
   tx = MASKING[name]()

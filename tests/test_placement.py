@@ -174,7 +174,7 @@ def cases():
   mechanic's, the half is quick that has every combination of three causes.
   """
   ways = list(itertools.product([True, False], [True, False]))
-  for i, name in enumerate(optimizers.KINDS):
+  for i, name in enumerate(optimizers.DISTINCT):
     known = [(AXIS_TYPES[(i + 1) % 2], *ways[i // 2 % 4], ())]
     split = [(AXIS_TYPES[i % 2], True, True, ("data",))]
     if name == "mechanic":

@@ -185,7 +185,6 @@ def test_the_page_says_how_many_lines():
 FAST = {
   "bare_optax.tx": ["mechanic"],
   "mnist.full": ["mechanic"],
-  "vae.full": ["mechanic"],
 }
 
 

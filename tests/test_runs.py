@@ -9,6 +9,8 @@ from configs import digits
 from train.job import make_job
 from train.sweep.runs import Runs, make_tasks
 
+pytestmark = pytest.mark.slow
+
 RUNS = [(rate, seed) for rate in (1e-3, 1e-2) for seed in (0, 1)]
 
 
@@ -53,9 +55,7 @@ def alone(config: ConfigDict, num_steps: int, rate: float, seed: int):
   return reached | {"learning_rate/effective": effective}
 
 
-@pytest.mark.parametrize(
-  "num_steps", [10, pytest.param(20, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("num_steps", [10, 20])
 def test_tuned_runs_are_the_jobs(num_steps):
   config = make_config()
   runs = make_runs(config)
@@ -71,11 +71,7 @@ def test_tuned_runs_are_the_jobs(num_steps):
 
 @pytest.mark.parametrize(
   ("optimizer", "rate"),
-  [
-    ("momo", 1.0),
-    pytest.param("mechanic", 1.0, marks=pytest.mark.slow),
-    pytest.param("schedule_free", 0.1, marks=pytest.mark.slow),
-  ],
+  [("momo", 1.0), ("mechanic", 1.0), ("schedule_free", 0.1)],
 )
 def test_wrapped_and_learned_runs_are_the_jobs(optimizer, rate):
   config = make_config(optimizer)
@@ -85,7 +81,6 @@ def test_wrapped_and_learned_runs_are_the_jobs(optimizer, rate):
   assert got == pytest.approx(want, rel=2e-3)
 
 
-@pytest.mark.slow
 def test_a_factor_is_the_bases_own_learning_rate():
   runs = make_runs(make_config("mechanic"))
   *_, last = runs.train([(1.0, 0), (1e-3, 0)], 10, 10, call_every=10)
@@ -95,7 +90,6 @@ def test_a_factor_is_the_bases_own_learning_rate():
   assert rates[1] == pytest.approx(rates[0], rel=0.5)
 
 
-@pytest.mark.slow
 def test_evaluations_and_calls_change_no_run():
   runs = make_runs(make_config())
   often = list(runs.train(RUNS, 10, evaluate_every=4, call_every=2))
@@ -105,7 +99,6 @@ def test_evaluations_and_calls_change_no_run():
     assert one == pytest.approx(other, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_few_at_once_are_the_same_runs(at_once):
   config = make_config("mechanic")

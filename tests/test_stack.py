@@ -172,7 +172,14 @@ def test_accumulation_is_the_mean_of_the_method_s_gradients(x64, name):
 
 
 @pytest.mark.parametrize(
-  "name", ["mechanic", "sam", AGGREGATE, "schedule_free", "dog"]
+  "name",
+  [
+    *("mechanic", "sam", AGGREGATE),
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("schedule_free", "dog")
+    ),
+  ],
 )
 def test_frozen_parameters_stay_bit_for_bit(name):
   config = {"opt__adamw__weight_decay": 0.5, "freeze": ("^hidden/kernel$",)}

@@ -314,7 +314,7 @@ def vision_transformer(model, images, num_heads=4):
     ("logistic", references.mlp),
     ("mlp", references.mlp),
     ("small_cnn", convolutions),
-    ("vit", vision_transformer),
+    pytest.param("vit", vision_transformer, marks=pytest.mark.slow),
   ],
 )
 def test_digits_loss_is_the_reference(name, forward):

@@ -268,7 +268,9 @@ def test_fp8_s_statistics_are_overwritten_with_their_gradients():
   assert any(np.any(leaf != 0) for leaf in history)
 
 
-@pytest.mark.parametrize("method", ["sam", "schedule_free"])
+@pytest.mark.parametrize(
+  "method", [pytest.param("sam", marks=pytest.mark.slow), "schedule_free"]
+)
 def test_fp8_s_statistics_with_methods_of_more_parameters(method):
   state = create_fp8(flax_mechanic.TrainState, build(method))
   after, _ = jax.jit(lambda state, *batch: state.minimize(fp8_loss, *batch))(

@@ -188,9 +188,9 @@ FAST = {
 }
 
 
-# Each way to update, and to keep a state: masked, factored, with a key, with
-# copies of the parameters.
-DRAWN = [*STEPS, "muon", "adafactor", "noisy_sgd", "prodigy"]
+# Each way to update, and to keep a state: masked and factored, beside those
+# with keys, averages and copies of the parameters.
+DRAWN = [*STEPS, "muon", "adafactor"]
 
 
 def devices(diff):

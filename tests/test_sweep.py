@@ -131,21 +131,6 @@ def test_a_config_file_that_was_edited_is_run_anew(tmp_path):
   assert keys[0].isdisjoint(keys[2])
 
 
-@pytest.mark.slow
-def test_few_runs_at_once_are_the_same_runs(swept, tmp_path):
-  workdir, _ = swept
-  less = ("--config.num_steps=(10,)", "--config.interpolating=()")
-  assert run(tmp_path, *less, "--config.runs_at_once=1") == 0
-  frames = []
-  for rows in (read(workdir), read(tmp_path)):
-    frame = pd.DataFrame(rows).query(
-      "num_steps == 10 and job == 'configs/digits.py'"
-    )
-    keys = ["job", "method", "learning_rate", "seed", "step"]
-    frames.append(frame.set_index(keys).sort_index()["test/loss"])
-  np.testing.assert_allclose(*frames, rtol=1e-3)
-
-
 @pytest.mark.parametrize("variant", ["confirmation", "confirmation_long"])
 def test_jobs_that_nothing_was_chosen_on(variant):
   config = configs.sweep.get_config(variant)

@@ -102,6 +102,8 @@ def _measure(port: int, count: int, i: int) -> None:
   alone = jax.device_count() == 1
   found = {}
   for name, fields in _LAYOUTS.items():
+    if alone and name != _FROM_ONE:
+      continue
     config = text.get_config()
     config.update_from_flattened_dict(_JOB | ({} if alone else fields))
     target = make_job(config).target

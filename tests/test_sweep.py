@@ -229,7 +229,7 @@ def test_mechanic_is_as_good_as_tuned(tmp_path):
   """On fresh data over each base, and on a job that is learned by heart."""
   jobs = {"jobs": ("configs/teacher.py",), "interpolating": ()}
   rates = {"learning_rates": (3e-3, 1e-2, 3e-2, 1e-1)}
-  methods = configs.sweep.get_config("quick").methods[:6]
+  methods = configs.sweep.get_config("quick").methods[:8]
   fresh = comparison.compare(
     compare("quick", tmp_path, methods=methods, **jobs, **rates)
   )
@@ -243,7 +243,7 @@ def test_mechanic_is_as_good_as_tuned(tmp_path):
   assert comparison.geometric_mean(own["ratio"]) < 1.05
   assert own["ratio"].max() < 1.15
   assert own["points"].min() > -0.5
-  for base in ("sgd", "lion"):
+  for base in ("muon", "sgd", "lion"):
     assert ratios(fresh)[f"mechanic({base})"] < 1.05 * ratios(fresh)[base]
   held_out = comparison.compare(comparison.held_out(data))
   assert ratios(held_out)["mechanic"] < 1.1
@@ -264,7 +264,8 @@ def test_no_base_learning_rate_diverges(tmp_path, dtype, job):
     tmp_path,
     jobs=(),
     interpolating=(job,),
-    methods=configs.sweep.get_config("range").methods[1:4],
+    methods=configs.sweep.get_config("range").methods[1:5],
+    factors=(1e-6, 1e-4, 1e-2, 1.0, 1e2),
     fields=(f"dtype={dtype}", f"param_dtype={dtype}"),
     seeds=1,
   )

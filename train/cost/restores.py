@@ -101,15 +101,13 @@ def _measure(port: int, count: int, i: int) -> None:
   jax.distributed.initialize(f"localhost:{port}", count, i)
   alone = jax.device_count() == 1
   found = {}
-  for name, fields in _LAYOUTS.items():
-    if alone and name != _FROM_ONE:
-      continue
+  for name, fields in ({_FROM_ONE: {}} if alone else _LAYOUTS).items():
     config = text.get_config()
-    config.update_from_flattened_dict(_JOB | ({} if alone else fields))
+    config.update_from_flattened_dict(_JOB | fields)
     target = make_job(config).target
     state = _random(target)
     folder = f"gs://{bucket.NAME}/{'' if name == _FROM_ONE else count}/{name}"
-    if alone == (name == _FROM_ONE):
+    if alone or name != _FROM_ONE:
       with flax_mechanic.Checkpointer(folder) as checkpointer:
         checkpointer.save(1, state)
     if not alone:

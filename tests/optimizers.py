@@ -48,13 +48,12 @@ def is_plain(name):
 # Rows of each way to be built and to keep a state: adamw stands for the plain
 # ones.
 KINDS = [name for name in NAMES if name == "adamw" or not is_plain(name)]
-# Of those, without one of two that share most of their code.
-DISTINCT = [
-  name
-  for name in KINDS
-  if name not in ("mechanize", "dadapt_adamw", "dowg", "momo_adam")
-  and name != "differentially_private_aggregate"
-]
+# Of two that share most of their code, the second.
+_TWINS = {
+  *("mechanize", "dadapt_adamw", "dowg", "momo_adam"),
+  "differentially_private_aggregate",
+}
+DISTINCT = [name for name in KINDS if name not in _TWINS]
 # A row of each way in which a job updates and evaluates.
 STEPS = [
   *("mechanic", "adamw", "schedule_free"),

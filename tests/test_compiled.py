@@ -138,7 +138,7 @@ def test_bytes_on_v5e(name, base, shapes):
 
 # Also of methods whose state has a copy of the first parameters.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prodigy", "dog", "schedule_free"])
+@pytest.mark.parametrize("name", ["prodigy", "cocob", "dog", "schedule_free"])
 @pytest.mark.usefixtures("tpu_compiler")
 def test_a_guard_reads_the_gradient_once_more(name):
   def accessed(guard):
@@ -177,6 +177,7 @@ def job_collectives(name, base, **fields):
     ("mechanic", "adamw", True),
     ("adamw", None, True),
     ("prodigy", None, False),
+    ("dadapt_adamw", None, False),
     ("momo_adam", None, True),
     ("schedule_free", "adamw", False),
   ],

@@ -504,6 +504,7 @@ def in_float32(base):
   ("base", "dtype"),
   [
     *(("adamw", dtype) for dtype in (jnp.bfloat16, "mixed")),
+    pytest.param("adamw", jnp.float16, marks=pytest.mark.slow),
     pytest.param("sgd", jnp.bfloat16, marks=pytest.mark.slow),
     ("lion", jnp.float16),
   ],

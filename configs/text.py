@@ -48,7 +48,7 @@ def _transformer(**sizes: Any) -> dict[str, Any]:
     "dropout": 0.0,
     # Stack the layers' parameters in one array and loop over the layers: that
     # compiles in the time of one layer. Optimizers that work layer by layer
-    # (lars, lamb, muon) then take the stack for one layer.
+    # (lars, lamb, galore) then take the stack for one layer.
     "scan_layers": False,
     # Recompute each block in the backward pass instead of keeping its
     # activations.
@@ -197,6 +197,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.task = "text"
   # For adamw; other optimizers that are tuned by hand need another one.
   config.learning_rate = 3e-3
+  # In a stack of layers, kernels and vectors have one more axis.
+  config.opt.muon.matrices = (
+    "blocks/[a-z_]+/ bio",
+    "blocks/[a-z_]+/ bb",
+    *config.opt.muon.matrices,
+  )
 
   config.data = ml_collections.ConfigDict()
   # A folder of UTF-8 text, which may be in a bucket; "" for the sources of

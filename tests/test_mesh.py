@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from configs import default, digits, text
-from flax_mechanic import Checkpointer, UsageError
+from flax_mechanic import Checkpointer, UsageError, make_optimizer
 from flax_mechanic.checkpoints.checksum import checksums
 from tests import optimizers
 from tests.compilations import compilations
@@ -301,6 +301,34 @@ def test_stacked_layers_compute_what_separate_ones_do():
   np.testing.assert_allclose(stacked(tokens), separate(tokens), atol=1e-5)
 
 
+@pytest.mark.slow
+def test_muon_takes_each_stacked_layer_as_it_takes_a_separate_one():
+  updates = []
+  for scan in (False, True):
+    config = make_config(data=1, optimizer="muon")
+    config.model.update(num_layers=2, scan_layers=scan)
+    job = make_job(config, jax.devices()[:1])
+    params = nnx.to_pure_dict(job.target["model"])
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)
+    if scan:
+      blocks = [grads["blocks"][i] for i in range(2)]
+      grads |= {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}
+    else:
+      grads = jax.tree.map(draw, params)
+    tx = make_optimizer(config)
+    found, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
+    updates.append(found)
+  separate, stacked = updates
+  for i in range(2):
+    for found, wanted in zip(
+      jax.tree.leaves(jax.tree.map(lambda x: x[i], stacked["blocks"])),
+      jax.tree.leaves(separate["blocks"][i]),
+      strict=True,
+    ):
+      np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 # Devices, and how a checkpoint of the mesh of 2x2x2 is placed on them.
 ELSEWHERE = {
   "same": (8, {"fsdp": 2, "tensor": 2, "shard_optimizer_state": True}),
@@ -368,7 +396,7 @@ def test_a_checkpoint_goes_on_elsewhere(tmp_path, name, places):
 @pytest.mark.parametrize("name", ["sam", "dpsgd", "sophia"])
 def test_kinds_of_optimizers_on_a_mesh(name):
   def losses(devices, **sizes):
-    config = optimizers.configure(make_config("text", **sizes), name)
+    config = optimizers.configure(make_config("digits", **sizes), name)
     config.shard_optimizer_state = True
     return run(make_job(config, devices))[0]
 

@@ -16,7 +16,7 @@ from train.sweep import comparison, plan, random_search
 ARGUMENTS = [
   "--config=configs/sweep.py",
   "--config.jobs=('configs/digits.py',)",
-  "--config.interpolating=('configs/digits.py:cnn',)",
+  "--config.interpolating=('configs/tabular.py:iris',)",
   "--config.methods=('adamw','ours: optimizer=mechanic opt.mechanic.base=sgd')",
   "--config.learning_rates=(0.001,0.01)",
   "--config.fields=('model.widths=(8,)','batch_size=8','num_steps=10',"
@@ -61,7 +61,7 @@ def test_a_line_for_each_evaluation_of_each_run(swept):
   }
   wanted = {
     (job, settings, num_steps, rate, seed, step)
-    for job in ("configs/digits.py", "configs/digits.py:cnn")
+    for job in ("configs/digits.py", "configs/tabular.py:iris")
     for settings, rates in (("adamw", (1e-3, 1e-2)), ("mechanic", (1.0,)))
     for rate in rates
     for num_steps in (10, 20)
@@ -80,7 +80,7 @@ def test_tables_and_figures(swept):
   for text in (
     "| 10 steps",
     "| 20 steps",
-    "digits:cnn",
+    "tabular:iris",
     "| ours",
     " at 0.01",
     "| loss ratios after 10 / 20 steps",

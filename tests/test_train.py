@@ -88,9 +88,6 @@ class Killed(BaseException):
 
 
 class Writer:
-  def flush(self):
-    pass
-
   """What clu's MetricWriter offers, as far as the loop uses it."""
 
   def __init__(self, die_at=None):
@@ -107,6 +104,9 @@ class Writer:
 
   def write_hparams(self, hparams):
     self.hparams = dict(hparams)
+
+  def flush(self):
+    pass
 
   def close(self):
     self.closed = True

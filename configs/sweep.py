@@ -62,7 +62,7 @@ _INTERPOLATING = (
   "configs/tabular.py:diabetes",
   "configs/digits.py:mlp",
   "configs/autoencoder.py",
-  f"configs/digits.py:small_cnn {_EXPENSIVE}",
+  f"configs/digits.py:small_cnn {_VERY_EXPENSIVE}",
   f"configs/digits.py:vit {_VERY_EXPENSIVE}",
 )
 

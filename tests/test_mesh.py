@@ -303,30 +303,28 @@ def test_stacked_layers_compute_what_separate_ones_do():
 
 @pytest.mark.slow
 def test_muon_takes_each_stacked_layer_as_it_takes_a_separate_one():
-  updates = []
-  for scan in (False, True):
+  def updates(grads, **model):
     config = make_config(data=1, optimizer="muon")
-    config.model.update(num_layers=2, scan_layers=scan)
-    job = make_job(config, jax.devices()[:1])
-    params = nnx.to_pure_dict(job.target["model"])
-    rng = np.random.default_rng(0)
-    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)
-    if scan:
-      blocks = [grads["blocks"][i] for i in range(2)]
-      grads |= {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}
-    else:
-      grads = jax.tree.map(draw, params)
+    config.model.update(num_layers=2, **model)
+    wanted = nnx.to_pure_dict(
+      make_job(config, jax.devices()[:1]).target["model"]
+    )
+    grads = grads or jax.tree.map(lambda x: rng.normal(size=x.shape), wanted)
+    grads = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), grads, wanted)
     tx = make_optimizer(config)
-    found, _ = jax.jit(tx.update)(grads, tx.init(grads), grads)
-    updates.append(found)
-  separate, stacked = updates
-  for i in range(2):
-    for found, wanted in zip(
-      jax.tree.leaves(jax.tree.map(lambda x: x[i], stacked["blocks"])),
-      jax.tree.leaves(separate["blocks"][i]),
-      strict=True,
-    ):
-      np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    return jax.jit(tx.update)(grads, tx.init(grads), grads)[0], grads
+
+  def stack(tree):
+    layers = [tree["blocks"][i] for i in range(2)]
+    return tree | {"blocks": jax.tree.map(lambda *x: np.stack(x), *layers)}
+
+  rng = np.random.default_rng(0)
+  separate, grads = updates(None)
+  stacked, _ = updates(stack(grads), scan_layers=True)
+  for found, wanted in zip(
+    *map(jax.tree.leaves, (stacked, stack(separate))), strict=True
+  ):
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
 
 
 # Devices, and how a checkpoint of the mesh of 2x2x2 is placed on them.

@@ -229,7 +229,8 @@ def test_the_readme_s_summary_is_a_part_of_the_sweep_s():
   front = cells(
     "README.md",
     "| loss over tuned adamw's | geometric mean | 95% interval "
-    "| over the best tuned | held-out loss, memorized jobs | worst | worst accuracy, points |",
+    "| over the best tuned | held-out loss, memorized jobs | worst "
+    "| worst accuracy, points |",
   )
   whole = cells(
     "docs/evidence.md",

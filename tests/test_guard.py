@@ -115,6 +115,20 @@ def test_bad_gradients_come_together():
   assert skipped([*GOOD, 50.0, 3.0, *GOOD]) == [20]
 
 
+def test_the_last_examples_that_are_wrong_are_no_spikes():
+  vanishing = [*GOOD, *0.9 ** np.arange(150)]
+  wrong = lambda size, others: [size, *[1e-7] * others] * 20
+  spikes = lambda others: list(range(170, 170 + 20 * (others + 1), others + 1))
+  assert skipped([*vanishing, *wrong(2.0, 15)]) == spikes(15)[:6]
+  # They are if they are larger than any that was used, or very rare.
+  assert skipped([*vanishing, *wrong(2.1, 15)]) == spikes(15)
+  assert skipped([*vanishing, *wrong(2.0, 64)]) == spikes(64)
+  # A first gradient that was bad was not used.
+  assert skipped([1e3, *vanishing, *wrong(2.1, 15)])[-20:] == [
+    step + 1 for step in spikes(15)
+  ]
+
+
 def test_gradients_that_are_not_finite_are_no_size_that_stays():
   norms = [*GOOD, *[np.nan] * 100, 1e6, 1.0]
   assert skipped(norms) == list(range(20, 121))

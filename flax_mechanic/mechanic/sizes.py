@@ -29,6 +29,12 @@ _RESTART = 50.0
 _LASTING = 25
 _RISE = 2.0
 _SMALL = 20.0
+# Where most gradients have vanished, as on data that is memorized, those of the
+# few examples that are still wrong look like spikes. After so many spikes, with
+# fewer than 64 other gradients to each, one is used if it is no larger than the
+# largest that was used before.
+_FAMILIAR = 5.0
+_OTHER = 1 / 64
 
 
 class Sizes(NamedTuple):
@@ -38,9 +44,12 @@ class Sizes(NamedTuple):
     peak: the largest norms of late that were accepted, [1 + parts]: that of the
       whole gradient, and those of its parts (leaves or groups of them); 0 where
       none was above 0 yet.
+    largest: the largest norm of the whole that was ever accepted, scalar.
     least: the smallest norm of the whole of late, scalar.
     pending: what `peak` will be if the sizes stay unusual.
     unusual: int32 scalar, how many in a row were unusual.
+    spikes: scalar, how many spikes there were of late; each other gradient
+      takes 1/64 away.
     young: int32 scalar, how many gradients are still to come that count as the
       first ones.
     skipped: int32 scalar, gradients skipped so far.
@@ -48,9 +57,11 @@ class Sizes(NamedTuple):
   """
 
   peak: jax.Array
+  largest: jax.Array
   least: jax.Array
   pending: jax.Array
   unusual: jax.Array
+  spikes: jax.Array
   young: jax.Array
   skipped: jax.Array
   skipped_in_a_row: jax.Array
@@ -77,9 +88,11 @@ def init(parts: int, dtype: jax.typing.DTypeLike) -> Sizes:
   """Returns the state before the first gradient."""
   return Sizes(
     peak=jnp.zeros([1 + parts], dtype),
+    largest=jnp.zeros([], dtype),
     least=jnp.zeros([], dtype),
     pending=jnp.zeros([1 + parts], dtype),
     unusual=jnp.zeros([], jnp.int32),
+    spikes=jnp.zeros([], dtype),
     young=jnp.full([], YOUNG, jnp.int32),
     skipped=jnp.zeros([], jnp.int32),
     skipped_in_a_row=jnp.zeros([], jnp.int32),
@@ -101,7 +114,9 @@ def judge(
     gradient does not change what is known, so that any number of them is told
     from good ones. But after 25 unusual gradients in a row, the size that they
     have is the usual one. Right after a bad gradient, twice the largest norm is
-    enough for a spike.
+    enough for a spike. After more than 5 spikes with fewer than 64 other
+    gradients to each, one that is no larger than the largest gradient ever used
+    is no spike: it belongs to examples that are rarely wrong by now.
   - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
@@ -130,6 +145,10 @@ def judge(
   is_spike = judged & jnp.any(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
+  spikes = jnp.where(
+    is_spike, state.spikes + 1, jnp.maximum(state.spikes - _OTHER, 0)
+  )
+  is_spike &= ~((spikes > _FAMILIAR) & (norm <= state.largest))
   is_young = (state.young > 0) & may_restart
   restart = judged & is_young & (_RESTART * norm < state.least)
   is_small = judged & (_SMALL * norm < state.least)
@@ -152,18 +171,22 @@ def judge(
     norm, jnp.where(state.least > 0, state.least / _DECAY, jnp.inf)
   )
   known_anew = restart | lasting
+  new_peak = jnp.where(
+    known_anew,
+    jnp.where(restart, norms, pending),
+    jnp.where(usual, recent, state.peak),
+  )
+  before_it = jnp.where(restart, 0.0, state.largest)
   skipped = ~ok
   change = jnp.where(lasting, pending[0] / peak, 1.0)
   return Verdict(ok & known, restart, lasting, change), Sizes(
-    peak=jnp.where(
-      known_anew,
-      jnp.where(restart, norms, pending),
-      jnp.where(usual, recent, state.peak),
-    ),
+    peak=new_peak,
+    largest=jnp.maximum(before_it, new_peak[0]),
     least=jnp.where(known_anew, norm, jnp.where(usual, least, state.least)),
     # A gradient that is not finite says nothing about sizes.
     pending=jnp.where(finite, pending, state.pending),
     unusual=jnp.where(finite, jnp.where(lasting, 0, unusual), state.unusual),
+    spikes=jnp.where(lasting, 0.0, spikes),
     young=jnp.maximum(state.young - (finite & (norm > 0)), 0),
     skipped=state.skipped + skipped,
     skipped_in_a_row=jnp.where(skipped, state.skipped_in_a_row + 1, 0),

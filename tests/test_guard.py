@@ -120,9 +120,15 @@ def test_the_last_examples_that_are_wrong_are_no_spikes():
   wrong = lambda size, others: [size, *[1e-7] * others] * 20
   spikes = lambda others: list(range(170, 170 + 20 * (others + 1), others + 1))
   assert skipped([*vanishing, *wrong(2.0, 15)]) == spikes(15)[:6]
-  # They are if they are larger than any that was used, or very rare.
+  # They are if they are larger than any that was used, or very rare; those in a
+  # row are one.
   assert skipped([*vanishing, *wrong(2.1, 15)]) == spikes(15)
   assert skipped([*vanishing, *wrong(2.0, 64)]) == spikes(64)
+  assert skipped([*vanishing, *[2.0] * 20, 1e-7]) == list(range(170, 190))
+  # So is a part alone that is larger than it was.
+  parts = [[norm, norm / 10] for norm in (*vanishing, *wrong(0.0, 15))]
+  parts[170::16] = [[0.5, 1.0]] * 20
+  assert skipped(parts) == spikes(15)
   # A first gradient that was bad was not used.
   assert skipped([1e3, *vanishing, *wrong(2.1, 15)])[-20:] == [
     step + 1 for step in spikes(15)

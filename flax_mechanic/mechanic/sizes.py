@@ -31,8 +31,8 @@ _RISE = 2.0
 _SMALL = 20.0
 # Where most gradients have vanished, as on data that is memorized, those of the
 # few examples that are still wrong look like spikes. After so many spikes, with
-# fewer than 64 other gradients to each, one is used if it is no larger than the
-# largest that was used before.
+# fewer than 64 other gradients to each, one is used if no part of it is larger
+# than the largest that was used before. Spikes in a row count as one.
 _FAMILIAR = 5.0
 _OTHER = 1 / 64
 
@@ -44,12 +44,12 @@ class Sizes(NamedTuple):
     peak: the largest norms of late that were accepted, [1 + parts]: that of the
       whole gradient, and those of its parts (leaves or groups of them); 0 where
       none was above 0 yet.
-    largest: the largest norm of the whole that was ever accepted, scalar.
+    largest: the largest norms that were ever accepted, [1 + parts].
     least: the smallest norm of the whole of late, scalar.
     pending: what `peak` will be if the sizes stay unusual.
     unusual: int32 scalar, how many in a row were unusual.
-    spikes: scalar, how many spikes there were of late; each other gradient
-      takes 1/64 away.
+    spikes: scalar, how many spikes there were of late, those in a row counted
+      as one; each gradient that is none takes 1/64 away.
     young: int32 scalar, how many gradients are still to come that count as the
       first ones.
     skipped: int32 scalar, gradients skipped so far.
@@ -88,7 +88,7 @@ def init(parts: int, dtype: jax.typing.DTypeLike) -> Sizes:
   """Returns the state before the first gradient."""
   return Sizes(
     peak=jnp.zeros([1 + parts], dtype),
-    largest=jnp.zeros([], dtype),
+    largest=jnp.zeros([1 + parts], dtype),
     least=jnp.zeros([], dtype),
     pending=jnp.zeros([1 + parts], dtype),
     unusual=jnp.zeros([], jnp.int32),
@@ -114,9 +114,9 @@ def judge(
     gradient does not change what is known, so that any number of them is told
     from good ones. But after 25 unusual gradients in a row, the size that they
     have is the usual one. Right after a bad gradient, twice the largest norm is
-    enough for a spike. After more than 5 spikes with fewer than 64 other
-    gradients to each, one that is no larger than the largest gradient ever used
-    is no spike: it belongs to examples that are rarely wrong by now.
+    enough for a spike. After more than 5 rows of spikes with fewer than 64
+    other gradients to each, one of which no part is larger than the largest one
+    ever used is no spike: it is of examples that are rarely wrong by now.
   - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
@@ -146,9 +146,11 @@ def judge(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
   spikes = jnp.where(
-    is_spike, state.spikes + 1, jnp.maximum(state.spikes - _OTHER, 0)
+    is_spike,
+    state.spikes + (state.skipped_in_a_row == 0),
+    jnp.maximum(state.spikes - _OTHER, 0),
   )
-  is_spike &= ~((spikes > _FAMILIAR) & (norm <= state.largest))
+  is_spike &= ~((spikes > _FAMILIAR) & jnp.all(norms <= state.largest))
   is_young = (state.young > 0) & may_restart
   restart = judged & is_young & (_RESTART * norm < state.least)
   is_small = judged & (_SMALL * norm < state.least)
@@ -181,7 +183,7 @@ def judge(
   change = jnp.where(lasting, pending[0] / peak, 1.0)
   return Verdict(ok & known, restart, lasting, change), Sizes(
     peak=new_peak,
-    largest=jnp.maximum(before_it, new_peak[0]),
+    largest=jnp.maximum(before_it, new_peak),
     least=jnp.where(known_anew, norm, jnp.where(usual, least, state.least)),
     # A gradient that is not finite says nothing about sizes.
     pending=jnp.where(finite, pending, state.pending),

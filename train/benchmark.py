@@ -4,7 +4,7 @@ r"""What the update costs: the base, optax's mechanize and ours, side by side.
 
 --base=NAME   the optimizer that the updates are over
 --rounds=N    rounds that times are medians of
---quick       a small tree, the smallest job and a smaller checkpoint
+--quick       smaller trees, the smallest job and a smaller checkpoint
 
 prints tables with a row for each update. Times are relative to the base's; in a
 round, each update runs once. Bytes and temporaries are those of the compiled,
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--quick", action="store_true")
   arguments = parser.parse_args(argv)
   base, rounds, quick = arguments.base, arguments.rounds, arguments.quick
-  leaves = (2,) if quick else (10, 150, 500)
+  leaves = (2, 4) if quick else (10, 150, 500)
   jobs = {"digits": digits} if quick else _JOBS
 
   device = jax.devices()[0]

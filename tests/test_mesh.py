@@ -394,7 +394,7 @@ def test_a_checkpoint_goes_on_elsewhere(tmp_path, name, places):
 @pytest.mark.parametrize("name", ["sam", "dpsgd", "sophia"])
 def test_kinds_of_optimizers_on_a_mesh(name):
   def losses(devices, **sizes):
-    config = optimizers.configure(make_config("digits", **sizes), name)
+    config = optimizers.configure(make_config("text", **sizes), name)
     config.shard_optimizer_state = True
     return run(make_job(config, devices))[0]
 

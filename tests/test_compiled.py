@@ -138,7 +138,7 @@ def test_bytes_on_v5e(name, base, shapes):
 
 # Also of methods whose state has a copy of the first parameters.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prodigy", "cocob", "dog", "schedule_free"])
+@pytest.mark.parametrize("name", ["prodigy", "cocob", "dog"])
 @pytest.mark.usefixtures("tpu_compiler")
 def test_a_guard_reads_the_gradient_once_more(name):
   def accessed(guard):

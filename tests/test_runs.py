@@ -55,7 +55,9 @@ def alone(config: ConfigDict, num_steps: int, rate: float, seed: int):
   return reached | {"learning_rate/effective": effective}
 
 
-@pytest.mark.parametrize("num_steps", [10, 20])
+@pytest.mark.parametrize(
+  "num_steps", [pytest.param(10, marks=pytest.mark.slow), 20]
+)
 def test_tuned_runs_are_the_jobs(num_steps):
   config = make_config()
   runs = make_runs(config)

@@ -211,8 +211,7 @@ def test_a_resumed_run_tells_what_changed_of_the_methods_in_use(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["adamw", "sgd"])
-def test_text_is_learned(tmp_path, base):
+def test_text_is_learned(tmp_path):
   config = make_config(
     text.get_config,
     "tiny",
@@ -221,7 +220,6 @@ def test_text_is_learned(tmp_path, base):
     eval_every=150,
     checkpoint_every=150,
     data__path=str(ROOT / "flax_mechanic"),
-    opt__mechanic__base=base,
   )
   evaluation = loop.train(config, tmp_path)
   uniform = 8.0

@@ -28,7 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.learning_rate = 1e-3
 
   # The learning rate over time, scaled to a peak of 1: constant, warmup,
-  # warmup_cosine, warmup_linear, rsqrt, or "" for the optimizer's own.
+  # warmup_cosine, warmup_linear, warmup_stable_decay, rsqrt, or "" for the
+  # optimizer's own.
   config.schedule = ml_collections.ConfigDict()
   config.schedule.name = ""
   # Updates from 0 to the peak.

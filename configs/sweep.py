@@ -8,6 +8,9 @@ with, and the base learning rates that Mechanic trains with; :ablation changes
 one of the flag's options at a time; :bases tunes every optimizer that is tuned
 by hand, and puts Mechanic over it.
 
+:schedules puts adamw and Mechanic under two schedules, in six minutes; :oracle
+has the jobs on which Mechanic is behind, for python -m train.sweep.oracle.
+
 :confirmation is the jobs that no default was chosen on, which should take 40
 minutes, and :confirmation_long the expensive rest of them, two hours and a
 half. Two of the jobs start from a run that is trained before:
@@ -102,6 +105,7 @@ _CONFIRMATION_LONG = (
 )
 _CONFIRMED = (*_TUNED, *_MECHANIC)
 
+_STABLE = "schedule.name=warmup_stable_decay"
 _FEW = {
   "jobs": ("configs/teacher.py", "configs/digits.py:logistic"),
   "interpolating": ("configs/digits.py:mlp", "configs/autoencoder.py"),
@@ -133,6 +137,21 @@ _VARIANTS = {
     "interpolating": _CONFIRMATION_INTERPOLATING,
     "methods": _CONFIRMED,
   },
+  "oracle": {
+    "jobs": (
+      "configs/digits.py:logistic num_steps=(1600,6400)",
+      "configs/digits.py:mlp data.label_noise=0.4 num_steps=(1600,)",
+      "configs/teacher.py:changing num_steps=(400,1600)",
+      "configs/autoencoder.py:vae num_steps=(400,1600)",
+    ),
+    "interpolating": (
+      "configs/tabular.py:diabetes num_steps=(400,1600)",
+      "configs/digits.py:mlp model.widths=(64,64,64,64,64,64,64,64)"
+      " num_steps=(400,)",
+      "configs/tabular.py:iris num_steps=(400,)",
+    ),
+    "methods": ("mechanic",),
+  },
   "confirmation_long": {
     "jobs": _CONFIRMATION_LONG,
     "interpolating": (),
@@ -151,6 +170,22 @@ _VARIANTS = {
     "learning_rates": _RANGE,
     "factors": _RANGE,
     "num_steps": (400,),
+  },
+  "schedules": {
+    **_FEW,
+    "jobs": (
+      *_FEW["jobs"],
+      "configs/text.py:small runs_at_once=1 num_steps=(400,) seeds=3",
+    ),
+    "methods": (
+      "adamw",
+      f"adamw, stable: optimizer=adamw {_STABLE}",
+      *_MECHANIC[:2],
+      f"mechanic, stable: optimizer=mechanic {_STABLE}",
+      "mechanic(muon), stable: optimizer=mechanic opt.mechanic.base=muon"
+      f" {_STABLE}",
+    ),
+    "num_steps": (400, 1600),
   },
   "ablation": {
     **_FEW,

@@ -597,6 +597,10 @@ def test_register_adds_a_transformation_to_the_flag():
       {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.5, 100: 0.0},
     ),
     ("warmup_linear", {0: 0.0, 5: 0.5, 10: 1.0, 55: 0.5, 100: 0.0}),
+    (
+      "warmup_stable_decay",
+      {0: 0.0, 5: 0.5, 10: 1.0, 55: 1.0, 73: 0.6, 100: 0.0},
+    ),
     ("rsqrt", {0: 0.0, 5: 0.5, 10: 1.0, 40: 0.5, 90: 1 / 3}),
   ],
 )
@@ -638,7 +642,15 @@ def test_scalars_read_what_was_learned():
 
 
 @pytest.mark.parametrize(
-  "name", ["constant", "warmup", "warmup_cosine", "warmup_linear", "rsqrt"]
+  "name",
+  [
+    "constant",
+    "warmup",
+    "warmup_cosine",
+    "warmup_linear",
+    "warmup_stable_decay",
+    "rsqrt",
+  ],
 )
 def test_schedules_without_warm_up_start_at_the_peak(name):
   assert flax_mechanic.make_schedule(name, 100)(0) == 1.0

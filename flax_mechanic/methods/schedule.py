@@ -6,6 +6,12 @@ import optax
 
 from flax_mechanic.errors import UsageError, did_you_mean
 
+
+def _half(num_steps: int, warmup: int) -> int:
+  """Returns the step in the middle of what follows the warm-up."""
+  return (warmup + num_steps) // 2
+
+
 _SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
   "constant": lambda num_steps, warmup: optax.constant_schedule(1.0),
   "warmup": lambda num_steps, warmup: optax.warmup_constant_schedule(
@@ -20,6 +26,14 @@ _SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
       optax.linear_schedule(1.0, 0.0, num_steps - warmup),
     ],
     [warmup],
+  ),
+  "warmup_stable_decay": lambda num_steps, warmup: optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, 1.0, warmup),
+      optax.constant_schedule(1.0),
+      optax.linear_schedule(1.0, 0.0, num_steps - _half(num_steps, warmup)),
+    ],
+    [warmup, _half(num_steps, warmup)],
   ),
   "rsqrt": lambda num_steps, warmup: optax.join_schedules(
     [
@@ -38,8 +52,10 @@ def make_schedule(
 
   Args:
     name: "constant"; "warmup", linear from 0 and constant after;
-      "warmup_cosine" and "warmup_linear", which fall to 0 at `num_steps`; or
-      "rsqrt", which falls as sqrt(warmup_steps / step).
+      "warmup_cosine" and "warmup_linear", which fall to 0 at `num_steps`;
+      "warmup_stable_decay", which is constant for half of the rest and then
+      falls linearly to 0; or "rsqrt", which falls as
+      sqrt(warmup_steps / step).
     num_steps: length of the run, in optimizer updates.
     warmup_steps: length of the linear warm-up from 0, in updates.
 

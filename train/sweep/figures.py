@@ -50,20 +50,23 @@ def draw(data: pd.DataFrame, workdir: Any) -> Iterator[str]:
       styles,
     ),
   }
-  # Text stays text, and the files depend on nothing but the data.
-  fixed = {"svg.fonttype": "none", "svg.hashsalt": "sweep"}
   for name, make in drawings.items():
     figure = make()
-    if figure is None:
-      continue
-    FigureCanvasAgg(figure)
-    with mpl.rc_context(fixed):
-      own: Any = {"png": {"dpi": 120}, "svg": {"metadata": {"Date": None}}}
-      for kind, options in own.items():
-        image = io.BytesIO()
-        figure.savefig(image, format=kind, **options)
-        files.write(workdir / f"{name}.{kind}", image.getvalue())
-    yield f"{name}.png"
+    if figure is not None:
+      yield save(figure, workdir, name)
+
+
+def save(figure: Figure, workdir: Any, name: str) -> str:
+  """Writes a figure as PNG and SVG; returns the name of the first."""
+  FigureCanvasAgg(figure)
+  # Text stays text, and the files depend on nothing but the data.
+  with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep"}):
+    own: Any = {"png": {"dpi": 120}, "svg": {"metadata": {"Date": None}}}
+    for kind, options in own.items():
+      image = io.BytesIO()
+      figure.savefig(image, format=kind, **options)
+      files.write(workdir / f"{name}.{kind}", image.getvalue())
+  return f"{name}.png"
 
 
 def _styles(result: pd.DataFrame) -> Styles:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -18,8 +19,8 @@ from train.tasks import Task, make_task
 
 # The result of a run: "step", "train/loss", "validation/loss", ...
 Row = dict[str, Any]
-# The learning rate and the seed.
-Run = tuple[float, int]
+# The learning rate, or that of each leaf, and the seed.
+Run = tuple[float | tuple[float, ...], int]
 
 # Batches of the training split in an evaluation.
 _TRAIN_BATCHES = 8
@@ -37,6 +38,9 @@ class Runs:
 
   The held-out examples are split in two: every second one, from the first on,
   is for tuning ("validation/"), and the others are for reporting ("test/").
+
+  Attributes:
+    state: the runs' states when they were last evaluated after a step.
   """
 
   def __init__(
@@ -70,9 +74,7 @@ class Runs:
     def functions(
       rate: jax.typing.ArrayLike, shape: jax.Array
     ) -> job_lib.Functions:
-      tx = flax_mechanic.make_optimizer(
-        self._config, lambda count: rate * shape[count]
-      )
+      tx = self._optimizer(rate, shape)
       return job_lib.Functions(task, self._config, tx)
 
     def create(
@@ -164,8 +166,17 @@ class Runs:
         state, measured = self._train(state, (rates, seeds), shape, batches)
         step += count
         if step == until:
+          self.state = state
           measured = _without(measured, "train/") | self._splits(state)
           yield _rows(runs, step, jax.device_get(measured))
+
+  def _optimizer(
+    self, rate: jax.typing.ArrayLike, shape: jax.Array
+  ) -> optax.GradientTransformation:
+    """Returns the job's optimizer; `shape` is its schedule, of each step."""
+    return flax_mechanic.make_optimizer(
+      self._config, lambda count: rate * shape[count]
+    )
 
   def _shape(self, num_steps: int) -> jax.Array:
     """Returns the schedule of a run of that length, as an array [max_steps]."""

@@ -1,0 +1,314 @@
+r"""Where Mechanic is behind: is it the ramp, the scale, the leaf, the schedule?
+
+  python -m train.sweep.oracle --config=configs/sweep.py:oracle --workdir=DIR
+
+For each job and length it trains Mechanic's base with constant scales, which
+the tuner cannot have, and prints losses over those of the base tuned by hand:
+
+mechanic         with the flag's defaults
+seeds            its smallest and largest, each over the same seed's
+no ramp          the base, where each leaf's learning rate is what Mechanic has
+                 learned for it by the end of the run, from the first step on
+multiple         the same times the best of a few factors, and that factor
+searched         the base with a learning rate for each leaf, found by search
+stable           Mechanic with the schedule warmup_stable_decay
+stable, tuned    the base tuned with that schedule
+
+The table goes to DIR/oracle.md, and a figure to DIR/oracle.png and .svg: losses
+over multiples of the learned scales, and of one rate for all leaves. What is
+chosen is chosen on the examples that the sweep tunes learning rates on.
+"""
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+from flax_mechanic.checkpoints import storage
+from flax_mechanic.errors import UsageError
+from flax_mechanic.paths import parameter_path
+from train import files, flags
+from train.command import run_command
+from train.sweep import comparison, figures, plan
+from train.sweep.runs import Runs, make_tasks
+from train.tables import format_table
+
+_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+# What the search multiplies and divides a leaf's learning rate by, and how many
+# times it goes over all leaves.
+_FACTOR, _ROUNDS = 3.0, 2
+_STABLE = "warmup_stable_decay"
+_COLUMNS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+  """Losses of runs that differ in learning rates and seed.
+
+  Attributes:
+    tuned: the loss that learning rates are chosen by, [rates, seeds].
+    reported: the loss that counts, likewise.
+  """
+
+  tuned: np.ndarray
+  reported: np.ndarray
+
+  @property
+  def best(self) -> int:
+    """The number of the best learning rates."""
+    return int(np.argmin(self.tuned.mean(1)))
+
+  @property
+  def of_best(self) -> float:
+    """Their loss."""
+    return float(self.reported[self.best].mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What was found of a job and length; the losses are those of the docstring.
+
+  Attributes:
+    job: its name.
+    num_steps: its length.
+    rates: the learning rates of the base, the same for all leaves.
+    scale: the geometric mean of the scales that Mechanic ends with.
+  """
+
+  job: str
+  num_steps: int
+  rates: tuple[float, ...]
+  scale: float
+  tuned: Losses
+  mechanic: Losses
+  multiples: Losses
+  searched: Losses
+  stable: Losses
+  stable_tuned: Losses
+
+
+class _LeafRuns(Runs):
+  """Runs whose learning rates are tuples, with one for each leaf."""
+
+  def _optimizer(
+    self, rate: jax.typing.ArrayLike, shape: jax.Array
+  ) -> optax.GradientTransformation:
+    base = super()._optimizer(1.0, shape)
+
+    def update(updates, state, params=None, **extra_args):
+      updates, state = base.update(updates, state, params, **extra_args)
+      leaves, tree = jax.tree.flatten(updates)
+      rates = jnp.unstack(jnp.asarray(rate))
+      leaves = [r * leaf for r, leaf in zip(rates, leaves, strict=True)]
+      return tree.unflatten(leaves), state
+
+    return optax.GradientTransformationExtraArgs(base.init, update)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Trains, prints and draws; returns the exit status, 2 for bad input."""
+  return run_command(__doc__, _report, argv)
+
+
+def _report(arguments: Sequence[str]) -> Iterator[str]:
+  config, given = flags.read(arguments, ["config", "workdir"])
+  units = [unit for unit in plan.make_units(config) if not unit.tuned]
+  for unit in units:
+    if "base" not in unit.config.opt[unit.config.optimizer]:
+      raise UsageError(
+        f"{unit.method} has no base to compare with; type"
+        """ --config.methods="('mechanic',)\""""
+      )
+  flags.check_workdir(given["workdir"])
+  workdir = storage.path(given["workdir"])
+  cases = [(unit, n) for unit in units for n in unit.sweep.num_steps]
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    found = list(pool.map(lambda case: analyze(*case), cases))
+  table = format_table([_HEAD, *map(_row, found)])
+  files.write(workdir / "oracle.md", f"{table}\n".encode())
+  yield table
+  yield f"{workdir / figures.save(_draw(found), workdir, 'oracle')}"
+
+
+def analyze(unit: plan.Unit, num_steps: int) -> Found:
+  """Trains the base in all the ways that are compared.
+
+  Args:
+    unit: a job with a wrapper that learns a scale for each leaf.
+    num_steps: the length of the runs.
+  """
+  over = unit.config
+  base = over.copy_and_resolve_references()
+  base.optimizer = over.opt[over.optimizer].base
+  rates = tuple(float(rate) for rate in unit.sweep.learning_rates)
+  mechanic, runs = _train(unit, over, num_steps, [(1.0,)])
+  scales = _scales(runs.state)
+  leaves = scales.shape[1]
+
+  def by_leaf(config: Any, rows: Any) -> Losses:
+    """Trains with rates [rows, 1 or seeds, 1 or leaves]."""
+    shape = len(rows), unit.sweep.seeds, leaves
+    return _train(unit, config, num_steps, np.broadcast_to(rows, shape))[0]
+
+  uniform = np.reshape(rates, (-1, 1, 1))
+  tuned = by_leaf(base, uniform)
+  multiples = by_leaf(base, np.reshape(_MULTIPLES, (-1, 1, 1)) * scales)
+  start = np.full([1, leaves], rates[tuned.best])
+  if multiples.tuned.mean(1).min() < tuned.tuned.mean(1).min():
+    mean = np.exp(np.log(scales).mean(0, keepdims=True))
+    start = _MULTIPLES[multiples.best] * mean
+  return Found(
+    job=unit.job,
+    num_steps=num_steps,
+    rates=rates,
+    scale=float(np.exp(np.log(scales).mean())),
+    tuned=tuned,
+    mechanic=mechanic,
+    multiples=multiples,
+    searched=_search(lambda rows: by_leaf(base, rows), start),
+    stable=_train(unit, _stable(over), num_steps, [(1.0,)])[0],
+    stable_tuned=by_leaf(_stable(base), uniform),
+  )
+
+
+def _stable(config: Any) -> Any:
+  config = config.copy_and_resolve_references()
+  config.schedule.name = _STABLE
+  return config
+
+
+def _train(
+  unit: plan.Unit, config: Any, num_steps: int, rates: Any
+) -> tuple[Losses, Runs]:
+  """Trains with rates [rows, 1], of the job, or [rows, seeds, leaves]."""
+  own, seeds = unit.sweep, range(unit.sweep.seeds)
+  tasks = make_tasks(config, own.seeds)
+  by_leaf = np.ndim(rates) == 3
+  runs = (_LeafRuns if by_leaf else Runs)(
+    config, tasks, num_steps, own.runs_at_once
+  )
+  each = [
+    (tuple(map(float, row[seed])) if by_leaf else row[0], seed)
+    for row in rates
+    for seed in seeds
+  ]
+  *_, last = runs.train(each, num_steps, num_steps, min(num_steps, 100))
+
+  def losses(split: str) -> np.ndarray:
+    values = [row[f"{split}/loss"] for row in last]
+    finite = [math.inf if value is None else value for value in values]
+    return np.reshape(finite, (len(rates), -1))
+
+  tuned, reported = (
+    ("train", "train") if unit.interpolates else ("validation", "test")
+  )
+  return Losses(losses(tuned), losses(reported)), runs
+
+
+def _scales(state: Any) -> np.ndarray:
+  """Returns the scales of runs under Mechanic, [runs, leaves]."""
+  named = {
+    parameter_path(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state["optimizer"])
+  }
+  (s,) = (leaf for name, leaf in named.items() if name.split("/")[-1] == "s")
+  return np.asarray(s, np.float64).sum(-1)
+
+
+def _search(train: Any, rates: np.ndarray) -> Losses:
+  """Returns the losses of the best of rates [1, leaves] that are found.
+
+  A round changes each leaf alone. Of what helps it keeps all, or the best one
+  where all together are worse.
+  """
+  leaves = rates.shape[1]
+  losses = train(rates[None])
+  for _ in range(_ROUNDS):
+    moves = np.ones([leaves, 2, leaves])
+    for leaf in range(leaves):
+      moves[leaf, :, leaf] = _FACTOR, 1 / _FACTOR
+    moves = moves.reshape(-1, 1, leaves)
+    alone = train(rates * moves).tuned.mean(1)
+    helps = alone < losses.tuned.mean()
+    # Of the two moves of a leaf the better one.
+    better = alone.reshape(-1, 2) == alone.reshape(-1, 2).min(1, keepdims=True)
+    both = moves[helps & better.reshape(-1)].prod(0, keepdims=True)
+    tried = np.concatenate([np.ones_like(both), both, moves[[alone.argmin()]]])
+    found = train(rates * tried)
+    rates = rates * tried[found.best]
+    losses = Losses(found.tuned[[found.best]], found.reported[[found.best]])
+  return losses
+
+
+_HEAD = (
+  "job",
+  "steps",
+  "mechanic",
+  "seeds",
+  "no ramp",
+  "multiple",
+  "searched",
+  "stable",
+  "stable, tuned",
+)
+
+
+def _row(found: Found) -> list[str]:
+  over = lambda loss: f"{loss / found.tuned.of_best:.2f}"
+  seeds = found.mechanic.reported[0] / found.tuned.reported[found.tuned.best]
+  at_one = found.multiples.reported[_MULTIPLES.index(1.0)].mean()
+  return [
+    comparison.short(found.job),
+    str(found.num_steps),
+    over(found.mechanic.of_best),
+    f"{seeds.min():.2f} to {seeds.max():.2f}",
+    over(at_one),
+    f"{over(found.multiples.of_best)} ({_MULTIPLES[found.multiples.best]:g})",
+    over(found.searched.of_best),
+    over(found.stable.of_best),
+    over(found.stable_tuned.of_best),
+  ]
+
+
+def _draw(found: Sequence[Found]) -> Figure:
+  """Draws the losses over multiples of the learned scales, a panel a case."""
+  rows = math.ceil(len(found) / _COLUMNS)
+  figure = Figure((4 * _COLUMNS, 3 * rows), layout="constrained")
+  panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+  for axes, each in zip(panels, found, strict=False):
+    over = lambda losses, of=each: losses.reported.mean(1) / of.tuned.of_best
+    axes.plot(_MULTIPLES, over(each.multiples), "o-", label="learned scales")
+    one = [rate / each.scale for rate in each.rates]
+    axes.plot(one, over(each.tuned), "s--", label="one rate for all leaves")
+    for name, losses, style in (
+      ("mechanic", each.mechanic, "-"),
+      ("searched", each.searched, ":"),
+    ):
+      level = losses.of_best / each.tuned.of_best
+      axes.axhline(level, color="black", linestyle=style, label=name)
+    axes.set(
+      xscale="log",
+      yscale="log",
+      ylim=(0.3, 5.0),
+      xlim=(0.02, 30.0),
+      title=f"{comparison.short(each.job)}, {each.num_steps} steps",
+    )
+  for axes in panels[len(found) :]:
+    axes.remove()
+  panels[0].legend(fontsize="small")
+  figure.supxlabel("times the scales that Mechanic ends with")
+  figure.supylabel("loss over the tuned base's")
+  return figure
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -143,6 +143,7 @@ _VARIANTS = {
       "configs/digits.py:mlp data.label_noise=0.4 num_steps=(1600,)",
       "configs/teacher.py:changing num_steps=(400,1600)",
       "configs/autoencoder.py:vae num_steps=(400,1600)",
+      "configs/digits.py:augmented runs_at_once=1 num_steps=(400,) seeds=2",
     ),
     "interpolating": (
       "configs/tabular.py:diabetes num_steps=(400,1600)",

@@ -48,6 +48,7 @@ _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _FACTOR, _ROUNDS = 3.0, 2
 _STABLE = "warmup_stable_decay"
 _COLUMNS = 3
+_TICKS = (0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,13 +296,11 @@ def _draw(found: Sequence[Found]) -> Figure:
     ):
       level = losses.of_best / each.tuned.of_best
       axes.axhline(level, color="black", linestyle=style, label=name)
-    axes.set(
-      xscale="log",
-      yscale="log",
-      ylim=(0.3, 5.0),
-      xlim=(0.02, 30.0),
-      title=f"{comparison.short(each.job)}, {each.num_steps} steps",
-    )
+    name = f"{comparison.short(each.job)}\n{each.num_steps} steps"
+    axes.set_title(name, fontsize="small")
+    axes.set(xscale="log", yscale="log", xlim=(0.02, 30.0), ylim=(0.3, 5.0))
+    axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    axes.minorticks_off()
   for axes in panels[len(found) :]:
     axes.remove()
   panels[0].legend(fontsize="small")

@@ -124,8 +124,8 @@ def check_pip(words):
       assert {*found[1].split(",")} <= extras.keys(), word
 
 
-# By tests/test_benchmark.py, tests/test_guard.py, tests/test_oracle.py,
-# tests/test_replicas.py and tests/test_supervise.py.
+# By tests/test_benchmark.py, tests/test_guard.py, tests/test_replicas.py and
+# tests/test_supervise.py.
 TESTED_ELSEWHERE = (
   "train.benchmark",
   "train.faults",
@@ -134,7 +134,6 @@ TESTED_ELSEWHERE = (
   "train.cost.saving",
   "train.faults.gradients",
   "train.supervise",
-  "train.sweep.oracle",
 )
 # Commands that take only folders, and how many.
 FOLDERS = {"train.inspect": 1, "train.plot": 1, "train.export": 2}
@@ -157,7 +156,7 @@ def check_job(module, arguments):
     flags.parse(arguments)
   elif module == "train.supervise":
     flags.parse([each for each in arguments if "processes" not in each])
-  elif module in ("train.sweep", "train.sweep.oracle"):
+  elif module == "train.sweep":
     flags.read(arguments, ["config", "workdir"])
   elif module == "train.compile":
     _, own = flags.read(arguments, ["topology"])

@@ -1,9 +1,10 @@
-"""`python -m train.sweep.oracle`: the base with scales that are constant."""
+"""A sweep with `config.oracle`: the base with constant scales."""
 
 import numpy as np
 import pytest
 
 import configs.sweep
+from train.sweep import __main__ as sweep
 from train.sweep import oracle, plan
 
 # Two layers, each with a kernel and a bias.
@@ -65,7 +66,7 @@ def test_the_search_moves_one_leaf_where_all_together_are_worse():
 
 @pytest.mark.slow
 def test_prints_a_row_and_draws_a_panel_a_job(tmp_path, capsys):
-  status = oracle.main(
+  status = sweep.main(
     [
       "--config=configs/sweep.py:oracle",
       f"--workdir={tmp_path}",
@@ -76,7 +77,8 @@ def test_prints_a_row_and_draws_a_panel_a_job(tmp_path, capsys):
     ]
   )
   assert status == 0
-  head, _, row, file = capsys.readouterr().out.splitlines()
+  told, head, _, row, file = capsys.readouterr().out.splitlines()
+  assert told.startswith("1 of 1: tabular:iris")
   assert (tmp_path / "oracle.md").read_text().splitlines()[0] == head
   cells = [cell.strip() for cell in row.split("|")[1:-1]]
   assert cells[1] == "10"
@@ -85,7 +87,11 @@ def test_prints_a_row_and_draws_a_panel_a_job(tmp_path, capsys):
   assert (tmp_path / "oracle.png").stat().st_size > 10_000
 
 
-def test_a_method_without_a_base_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["dog", "adamw", "sam", "mechanize"])
+def test_a_method_without_a_scale_for_each_leaf_is_refused(
+  tmp_path, capsys, name
+):
   arguments = ["--config=configs/sweep.py:oracle", f"--workdir={tmp_path}"]
-  assert oracle.main([*arguments, "--config.methods=('dog',)"]) == 2
-  assert "dog has no base to compare with" in capsys.readouterr().err
+  assert sweep.main([*arguments, f"--config.methods=('{name}',)"]) == 2
+  error = capsys.readouterr().err
+  assert f"{name} does not learn a scale for each leaf" in error

@@ -12,6 +12,9 @@ many programs run at a time as there are CPU cores. The same command, also with
 other fields or after a job's config was edited, runs only what is missing from
 the file.
 
+With config.oracle it writes DIR/oracle.md and draws DIR/oracle.png and .svg in
+place of these: what Mechanic loses by on each job (train/sweep/oracle.py).
+
 For example, on your own job:
 
   python -m train.sweep --config=configs/sweep.py --workdir=runs/mine \
@@ -56,7 +59,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
       '--config.interpolating="()"'
     )
   try:
-    from train.sweep import comparison, figures
+    from train.sweep import comparison, figures, oracle
   except ImportError as error:
     raise UsageError(
       f"train.sweep needs {error.name}, which is not installed; type"
@@ -65,6 +68,9 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   units = plan.make_units(config)
   flags.check_workdir(given["workdir"])
   workdir = storage.path(given["workdir"])
+  if config.get("oracle", False):
+    yield from oracle.report(units, workdir)
+    return
   file = workdir / "runs.jsonl"
   train(units, file)
   data = comparison.frame(rows_of(units, file))

@@ -1,11 +1,10 @@
-r"""Where Mechanic is behind: is it the ramp, the scale, the leaf, the schedule?
+"""Why Mechanic is behind: its ramp, its scales, the leaves' or the schedule.
 
-  python -m train.sweep.oracle --config=configs/sweep.py:oracle --workdir=DIR
+For each job and length its base is trained with constant scales, which the
+tuner cannot know in advance. The table has losses over those of the base tuned
+by hand:
 
-For each job and length it trains Mechanic's base with constant scales, which
-the tuner cannot have, and prints losses over those of the base tuned by hand:
-
-mechanic         with the flag's defaults
+mechanic         as the sweep's config has it
 seeds            its smallest and largest, each over the same seed's
 no ramp          the base, where each leaf's learning rate is what Mechanic has
                  learned for it by the end of the run, from the first step on
@@ -14,16 +13,15 @@ searched         the base with a learning rate for each leaf, found by search
 stable           Mechanic with the schedule warmup_stable_decay
 stable, tuned    the base tuned with that schedule
 
-The table goes to DIR/oracle.md, and a figure to DIR/oracle.png and .svg: losses
-over multiples of the learned scales, and of one rate for all leaves. What is
-chosen is chosen on the examples that the sweep tunes learning rates on.
+The figure has losses over multiples of the learned scales, and of one learning
+rate for all leaves. What is chosen is chosen on the examples that the sweep
+tunes learning rates on.
 """
 
 import concurrent.futures
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,11 +31,9 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import parameter_path
-from train import files, flags
-from train.command import run_command
+from train import files
 from train.sweep import comparison, figures, plan
 from train.sweep.runs import Runs, make_tasks
 from train.tables import format_table
@@ -76,7 +72,7 @@ class Losses:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What was found of a job and length; the losses are those of the docstring.
+  """What was found of a job and length, with the columns of the table.
 
   Attributes:
     job: its name.
@@ -115,25 +111,30 @@ class _LeafRuns(Runs):
     return optax.GradientTransformationExtraArgs(base.init, update)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Trains, prints and draws; returns the exit status, 2 for bad input."""
-  return run_command(__doc__, _report, argv)
+def report(units: Sequence[plan.Unit], workdir: Any) -> Iterator[str]:
+  """Trains, writes the table and draws the figure; yields what to print.
 
+  Args:
+    units: jobs with a wrapper that learns a scale for each leaf.
+    workdir: where the files go.
 
-def _report(arguments: Sequence[str]) -> Iterator[str]:
-  config, given = flags.read(arguments, ["config", "workdir"])
-  units = [unit for unit in plan.make_units(config) if not unit.tuned]
+  Raises:
+    UsageError: a method learns something else.
+  """
   for unit in units:
-    if "base" not in unit.config.opt[unit.config.optimizer]:
+    options = unit.config.opt[unit.config.optimizer]
+    if unit.tuned or options.get("groups") != ".*":
       raise UsageError(
-        f"{unit.method} has no base to compare with; type"
+        f"{unit.method} does not learn a scale for each leaf of a base; type"
         """ --config.methods="('mechanic',)\""""
       )
-  flags.check_workdir(given["workdir"])
-  workdir = storage.path(given["workdir"])
   cases = [(unit, n) for unit in units for n in unit.sweep.num_steps]
+  found = []
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = list(pool.map(lambda case: analyze(*case), cases))
+    for each in pool.map(lambda case: analyze(*case), cases):
+      found.append(each)
+      name = f"{comparison.short(each.job)}, {each.num_steps} steps"
+      yield f"{len(found)} of {len(cases)}: {name}"
   table = format_table([_HEAD, *map(_row, found)])
   files.write(workdir / "oracle.md", f"{table}\n".encode())
   yield table
@@ -150,7 +151,6 @@ def analyze(unit: plan.Unit, num_steps: int) -> Found:
   over = unit.config
   base = over.copy_and_resolve_references()
   base.optimizer = over.opt[over.optimizer].base
-  rates = tuple(float(rate) for rate in unit.sweep.learning_rates)
   mechanic, runs = _train(unit, over, num_steps, [(1.0,)])
   scales = _scales(runs.state)
   leaves = scales.shape[1]
@@ -160,17 +160,17 @@ def analyze(unit: plan.Unit, num_steps: int) -> Found:
     shape = len(rows), unit.sweep.seeds, leaves
     return _train(unit, config, num_steps, np.broadcast_to(rows, shape))[0]
 
-  uniform = np.reshape(rates, (-1, 1, 1))
+  uniform = np.reshape(unit.peaks, (-1, 1, 1))
   tuned = by_leaf(base, uniform)
   multiples = by_leaf(base, np.reshape(_MULTIPLES, (-1, 1, 1)) * scales)
-  start = np.full([1, leaves], rates[tuned.best])
+  start = np.full([1, leaves], unit.peaks[tuned.best])
   if multiples.tuned.mean(1).min() < tuned.tuned.mean(1).min():
     mean = np.exp(np.log(scales).mean(0, keepdims=True))
     start = _MULTIPLES[multiples.best] * mean
   return Found(
     job=unit.job,
     num_steps=num_steps,
-    rates=rates,
+    rates=unit.peaks,
     scale=float(np.exp(np.log(scales).mean())),
     tuned=tuned,
     mechanic=mechanic,
@@ -307,7 +307,3 @@ def _draw(found: Sequence[Found]) -> Figure:
   figure.supxlabel("times the scales that Mechanic ends with")
   figure.supylabel("loss over the tuned base's")
   return figure
-
-
-if __name__ == "__main__":
-  sys.exit(main())

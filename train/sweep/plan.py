@@ -33,7 +33,8 @@ class Unit(NamedTuple):
     method: the method's name.
     settings: the fields that the method sets, FIELD=VALUE ...
     tuned: whether the learning rate is tuned by hand.
-    rates: the learning rates, or factors of the learned ones.
+    peaks: the learning rates that it, or its base, is tuned over by hand.
+    rates: those, or factors of the learned ones.
     config: the job's config.
     sweep: the sweep's config, with the job's own lengths and such.
   """
@@ -43,6 +44,7 @@ class Unit(NamedTuple):
   method: str
   settings: str
   tuned: bool
+  peaks: tuple[float, ...]
   rates: tuple[float, ...]
   config: ConfigDict
   sweep: ConfigDict
@@ -153,7 +155,7 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
   rows = stack.resolve(job.optimizer, job.opt.to_dict())
   tuned = all(row.tuned for row in rows)
   factor = stack.relative_rate(rows[-1:])
-  peaks = [float(f"{factor * rate:.6g}") for rate in sweep.learning_rates]
+  peaks = tuple(float(f"{factor * rate:.6g}") for rate in sweep.learning_rates)
   rates = peaks if tuned else sweep.factors
   return Unit(
     job=" ".join([file, *of_job]),
@@ -161,6 +163,7 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
     method=label,
     settings=" ".join(settings),
     tuned=tuned,
+    peaks=peaks,
     rates=tuple(map(float, rates)),
     config=job,
     sweep=sweep,

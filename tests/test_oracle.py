@@ -46,6 +46,26 @@ def test_the_scales_are_those_that_mechanic_ends_with():
   np.testing.assert_allclose(scales[0].mean(), row["mechanic/scale"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ("interpolates", "splits"),
+  [(True, ("train", "train")), (False, ("validation", "test"))],
+)
+def test_which_losses_count(monkeypatch, interpolates, splits):
+  losses = {"train": 1.0, "validation": 2.0, "test": None}
+
+  class Fake(oracle.Runs):
+    def train(self, runs, *unused):
+      row = {f"{split}/loss": loss for split, loss in losses.items()}
+      yield [row for _ in runs]
+
+  monkeypatch.setattr(oracle, "Runs", Fake)
+  unit = make_unit()._replace(interpolates=interpolates)
+  found, _ = oracle._train(unit, unit.config, 10, [(1.0,)])
+  tuned, reported = (losses[split] or np.inf for split in splits)
+  np.testing.assert_array_equal(found.tuned, [[tuned, tuned]])
+  np.testing.assert_array_equal(found.reported, [[reported, reported]])
+
+
 def test_the_search_finds_each_leaf_s_rate():
   def train(rows):
     loss = (np.log(rows / [9.0, 1 / 3, 1.0]) ** 2).sum(-1)

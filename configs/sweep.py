@@ -8,7 +8,7 @@ with, and the base learning rates that Mechanic trains with; :ablation changes
 one of the flag's options at a time; :bases tunes every optimizer that is tuned
 by hand, and puts Mechanic over it.
 
-:schedules puts adamw and Mechanic under two schedules, in six minutes; :oracle
+:schedules puts adamw and Mechanic under two schedules, in five minutes; :oracle
 says, in eight, why Mechanic is behind on some jobs.
 
 :confirmation is the jobs that no default was chosen on, which should take 40

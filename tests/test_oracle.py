@@ -6,61 +6,62 @@ import pytest
 import configs.sweep
 from train.sweep import __main__ as sweep
 from train.sweep import oracle, plan
+from train.sweep.runs import Runs, make_tasks
 
 # Two layers, each with a kernel and a bias.
 JOB = "configs/tabular.py:iris model.widths=(8,) schedule.warmup_steps=2"
 
 
-def make_unit():
+@pytest.fixture
+def unit():
   config = configs.sweep.get_config("oracle")
   config.update(jobs=(), interpolating=(JOB,), seeds=2)
   (unit,) = plan.make_units(config)
   return unit
 
 
-@pytest.mark.slow
-def test_one_rate_for_all_leaves_is_the_learning_rate():
-  unit = make_unit()
+def make(kind, unit, **fields):
   config = unit.config.copy_and_resolve_references()
-  config.optimizer = "adamw"
-  rates = 0.1, 0.01
-  wanted, _ = oracle._train(unit, config, 10, [(rate,) for rate in rates])
-  each = np.broadcast_to(np.reshape(rates, (2, 1, 1)), (2, 2, 4))
-  found, _ = oracle._train(unit, config, 10, each)
+  config.update(fields)
+  return kind(config, make_tasks(config, 2), 10)
+
+
+@pytest.mark.slow
+def test_one_rate_for_all_leaves_is_the_learning_rate(unit):
+  rates = np.array([[0.1, 0.1], [0.01, 0.01]])
+  wanted = oracle._train(unit, make(Runs, unit, optimizer="adamw"), 10, rates)
+  by_leaf = make(oracle._ByLeaf, unit, optimizer="adamw")
+  each = np.stack([rates] * 4, -1)
+  found = oracle._train(unit, by_leaf, 10, each)
   np.testing.assert_allclose(found.reported, wanted.reported, rtol=1e-4)
   # A leaf that has no rate is not trained.
-  one = each * np.array([1.0, 1.0, 1.0, 0.0])
-  other, _ = oracle._train(unit, config, 10, one)
+  other = oracle._train(unit, by_leaf, 10, each * [1.0, 1.0, 1.0, 0.0])
   assert np.all(other.reported > found.reported + 1e-3)
 
 
 @pytest.mark.slow
-def test_the_scales_are_those_that_mechanic_ends_with():
-  unit = make_unit()
-  _, runs = oracle._train(unit, unit.config, 10, [(1.0,)])
-  scales = oracle._scales(runs.state)
-  assert scales.shape == (2, 4)
-  (row, *_), *_ = [
-    rows for rows in runs.train([(1.0, 0)], 10, 10, 10) if rows[0]["step"]
-  ]
-  np.testing.assert_allclose(scales[0].mean(), row["mechanic/scale"], rtol=1e-5)
+def test_the_scales_are_those_that_mechanic_ends_with(unit):
+  runs = make(oracle._Learning, unit)
+  *_, ((row, _)) = runs.train([(1.0, 0), (1.0, 1)], 10, 10, 10)
+  assert runs.scales.shape == (2, 4)
+  mean = runs.scales[0].mean()
+  np.testing.assert_allclose(mean, row["mechanic/scale"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
   ("interpolates", "splits"),
   [(True, ("train", "train")), (False, ("validation", "test"))],
 )
-def test_which_losses_count(monkeypatch, interpolates, splits):
+def test_which_losses_count(unit, interpolates, splits):
   losses = {"train": 1.0, "validation": 2.0, "test": None}
 
-  class Fake(oracle.Runs):
+  class Fake(Runs):
     def train(self, runs, *unused):
       row = {f"{split}/loss": loss for split, loss in losses.items()}
       yield [row for _ in runs]
 
-  monkeypatch.setattr(oracle, "Runs", Fake)
-  unit = make_unit()._replace(interpolates=interpolates)
-  found, _ = oracle._train(unit, unit.config, 10, [(1.0,)])
+  unit = unit._replace(interpolates=interpolates)
+  found = oracle._train(unit, make(Fake, unit), 10, np.ones([1, 2]))
   tuned, reported = (losses[split] or np.inf for split in splits)
   np.testing.assert_array_equal(found.tuned, [[tuned, tuned]])
   np.testing.assert_array_equal(found.reported, [[reported, reported]])

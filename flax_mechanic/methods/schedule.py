@@ -7,9 +7,16 @@ import optax
 from flax_mechanic.errors import UsageError, did_you_mean
 
 
-def _half(num_steps: int, warmup: int) -> int:
-  """Returns the step in the middle of what follows the warm-up."""
-  return (warmup + num_steps) // 2
+def _warmup_stable_decay(num_steps: int, warmup: int) -> optax.Schedule:
+  half = (warmup + num_steps) // 2
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, 1.0, warmup),
+      optax.constant_schedule(1.0),
+      optax.linear_schedule(1.0, 0.0, num_steps - half),
+    ],
+    [warmup, half],
+  )
 
 
 _SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
@@ -27,14 +34,7 @@ _SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
     ],
     [warmup],
   ),
-  "warmup_stable_decay": lambda num_steps, warmup: optax.join_schedules(
-    [
-      optax.linear_schedule(0.0, 1.0, warmup),
-      optax.constant_schedule(1.0),
-      optax.linear_schedule(1.0, 0.0, num_steps - _half(num_steps, warmup)),
-    ],
-    [warmup, _half(num_steps, warmup)],
-  ),
+  "warmup_stable_decay": _warmup_stable_decay,
   "rsqrt": lambda num_steps, warmup: optax.join_schedules(
     [
       optax.linear_schedule(0.0, 1.0, warmup),

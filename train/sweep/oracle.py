@@ -93,8 +93,25 @@ class Found:
   stable_tuned: Losses
 
 
-class _LeafRuns(Runs):
-  """Runs whose learning rates are tuples, with one for each leaf."""
+class _Learning(Runs):
+  """Runs under Mechanic.
+
+  Attributes:
+    scales: those of the last evaluation, [runs, leaves].
+  """
+
+  def _splits(self, state: Any) -> Any:
+    named = {
+      parameter_path(path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state["optimizer"])
+    }
+    (s,) = (leaf for name, leaf in named.items() if name.split("/")[-1] == "s")
+    self.scales = np.asarray(s, np.float64).sum(-1)
+    return super()._splits(state)
+
+
+class _ByLeaf(Runs):
+  """Runs with a learning rate for each leaf."""
 
   def _optimizer(
     self, rate: jax.typing.ArrayLike, shape: jax.Array
@@ -151,18 +168,26 @@ def analyze(unit: plan.Unit, num_steps: int) -> Found:
   over = unit.config
   base = over.copy_and_resolve_references()
   base.optimizer = over.opt[over.optimizer].base
-  mechanic, runs = _train(unit, over, num_steps, [(1.0,)])
-  scales = _scales(runs.state)
+  tasks = make_tasks(over, unit.sweep.seeds)
+
+  def make(kind: type[Runs], config: Any) -> Any:
+    return kind(config, tasks, num_steps, unit.sweep.runs_at_once)
+
+  one = np.ones([1, unit.sweep.seeds])
+  learning = make(_Learning, over)
+  mechanic = _train(unit, learning, num_steps, one)
+  scales = learning.scales
   leaves = scales.shape[1]
 
-  def by_leaf(config: Any, rows: Any) -> Losses:
+  def train(runs: Runs, rates: np.ndarray) -> Losses:
     """Trains with rates [rows, 1 or seeds, 1 or leaves]."""
-    shape = len(rows), unit.sweep.seeds, leaves
-    return _train(unit, config, num_steps, np.broadcast_to(rows, shape))[0]
+    shape = len(rates), unit.sweep.seeds, leaves
+    return _train(unit, runs, num_steps, np.broadcast_to(rates, shape))
 
+  by_leaf = make(_ByLeaf, base)
   uniform = np.reshape(unit.peaks, (-1, 1, 1))
-  tuned = by_leaf(base, uniform)
-  multiples = by_leaf(base, np.reshape(_MULTIPLES, (-1, 1, 1)) * scales)
+  tuned = train(by_leaf, uniform)
+  multiples = train(by_leaf, np.reshape(_MULTIPLES, (-1, 1, 1)) * scales)
   start = np.full([1, leaves], unit.peaks[tuned.best])
   if multiples.tuned.mean(1).min() < tuned.tuned.mean(1).min():
     mean = np.exp(np.log(scales).mean(0, keepdims=True))
@@ -175,9 +200,9 @@ def analyze(unit: plan.Unit, num_steps: int) -> Found:
     tuned=tuned,
     mechanic=mechanic,
     multiples=multiples,
-    searched=_search(lambda rows: by_leaf(base, rows), start),
-    stable=_train(unit, _stable(over), num_steps, [(1.0,)])[0],
-    stable_tuned=by_leaf(_stable(base), uniform),
+    searched=_search(lambda rates: train(by_leaf, rates), start),
+    stable=_train(unit, make(Runs, _stable(over)), num_steps, one),
+    stable_tuned=train(make(_ByLeaf, _stable(base)), uniform),
   )
 
 
@@ -188,19 +213,11 @@ def _stable(config: Any) -> Any:
 
 
 def _train(
-  unit: plan.Unit, config: Any, num_steps: int, rates: Any
-) -> tuple[Losses, Runs]:
-  """Trains with rates [rows, 1], of the job, or [rows, seeds, leaves]."""
-  own, seeds = unit.sweep, range(unit.sweep.seeds)
-  tasks = make_tasks(config, own.seeds)
-  by_leaf = np.ndim(rates) == 3
-  runs = (_LeafRuns if by_leaf else Runs)(
-    config, tasks, num_steps, own.runs_at_once
-  )
+  unit: plan.Unit, runs: Runs, num_steps: int, rates: np.ndarray
+) -> Losses:
+  """Trains with learning rates [rows, seeds] or [rows, seeds, leaves]."""
   each = [
-    (tuple(map(float, row[seed])) if by_leaf else row[0], seed)
-    for row in rates
-    for seed in seeds
+    (rate.tolist(), seed) for row in rates for seed, rate in enumerate(row)
   ]
   *_, last = runs.train(each, num_steps, num_steps, min(num_steps, 100))
 
@@ -212,17 +229,7 @@ def _train(
   tuned, reported = (
     ("train", "train") if unit.interpolates else ("validation", "test")
   )
-  return Losses(losses(tuned), losses(reported)), runs
-
-
-def _scales(state: Any) -> np.ndarray:
-  """Returns the scales of runs under Mechanic, [runs, leaves]."""
-  named = {
-    parameter_path(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state["optimizer"])
-  }
-  (s,) = (leaf for name, leaf in named.items() if name.split("/")[-1] == "s")
-  return np.asarray(s, np.float64).sum(-1)
+  return Losses(losses(tuned), losses(reported))
 
 
 def _search(train: Any, rates: np.ndarray) -> Losses:

@@ -20,7 +20,7 @@ from train.tasks import Task, make_task
 # The result of a run: "step", "train/loss", "validation/loss", ...
 Row = dict[str, Any]
 # The learning rate, or that of each leaf, and the seed.
-Run = tuple[float | tuple[float, ...], int]
+Run = tuple[float | Sequence[float], int]
 
 # Batches of the training split in an evaluation.
 _TRAIN_BATCHES = 8
@@ -38,9 +38,6 @@ class Runs:
 
   The held-out examples are split in two: every second one, from the first on,
   is for tuning ("validation/"), and the others are for reporting ("test/").
-
-  Attributes:
-    state: the runs' states when they were last evaluated after a step.
   """
 
   def __init__(
@@ -166,7 +163,6 @@ class Runs:
         state, measured = self._train(state, (rates, seeds), shape, batches)
         step += count
         if step == until:
-          self.state = state
           measured = _without(measured, "train/") | self._splits(state)
           yield _rows(runs, step, jax.device_get(measured))
 

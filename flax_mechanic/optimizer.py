@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 
 from flax_mechanic import step
 from flax_mechanic.errors import UsageError
+from flax_mechanic.extra_args import accepted
 from flax_mechanic.methods import readers, stack
-from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.paths import by_path, parameter_of
 from flax_mechanic.placement import Shardings, is_traced, on_device
 

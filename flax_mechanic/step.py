@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mechanic.errors import UsageError
+from flax_mechanic.extra_args import accepted
 from flax_mechanic.methods import stack
-from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.placement import Shardings
 
 # (params, carried, *args) -> (loss, (aux, effects))

@@ -16,8 +16,8 @@ from flax.training.dynamic_scale import DynamicScale
 
 from flax_mechanic import step
 from flax_mechanic.errors import UsageError
+from flax_mechanic.extra_args import accepted
 from flax_mechanic.methods import readers, stack
-from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.placement import Shardings, is_traced, on_device
 
 

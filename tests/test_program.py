@@ -83,15 +83,18 @@ ENTRY %main () -> f32[8] {
   %g = bf16[16,8]{1,0} fusion(%a), kind=kLoop, calls=%again
   %w = (s32[], f32[8]{0}) while(%t0), condition=%cond, body=%body
   %p = (f32[4], f32[4]{0}, u32[]{:S(2)}, u32[]) collective-permute-start(%f)
+  %to = f32[1,8]{1,0} all-to-all(%f), channel_id=1, dimensions={1}
+  %fro = f32[8,1]{1,0} all-to-all(%to), channel_id=1, dimensions={0}
 }
 """
   found = program.collectives(hlo)
   assert found["all-gather"] == (1 + 6, 16 * 8 * 2 + 6 * 32)
   assert found["all-reduce"] == (6, 6 * (32 + 1))
   assert found["collective-permute"] == (1, 16)
+  assert found["all-to-all"] == (2, 2 * 32)
 
 
-def test_matrix_products():
+def test_matrix_products(mesh):
   a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
   flops = lambda f, *args: program.matmul_flops(jax.make_jaxpr(f)(*args))
   assert flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
@@ -103,6 +106,9 @@ def test_matrix_products():
   assert flops(loop, square) == 6 * 2 * 4**3
   choose = lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x)
   assert flops(choose, square) == 2 * 2 * 4**3
+  rows = {"mesh": mesh, "in_specs": P("x"), "out_specs": P("x")}
+  on_each = jax.shard_map(lambda x: x @ square, **rows)
+  assert flops(on_each, jnp.ones((8, 4))) == 8 * 2 * 4**2
   loss = jax.checkpoint(lambda x: jnp.sum(jnp.sin(x @ x)))
   assert flops(jax.grad(loss), square) == (2 + 2) * 2 * 4**3
 

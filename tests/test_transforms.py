@@ -14,8 +14,8 @@ from optax import contrib
 from optax.tree_utils import _tree_math
 
 from flax_mechanic import UsageError
+from flax_mechanic.extra_args import accepted
 from flax_mechanic.methods import features, repairs
-from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.paths import check_found, matching
 
 

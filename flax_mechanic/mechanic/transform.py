@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_mechanic.extra_args import accepted
 from flax_mechanic.mechanic import initial_scale, offset, sizes
 from flax_mechanic.mechanic.boxes import without_empty_boxes
 from flax_mechanic.mechanic.groups import Groups
@@ -284,6 +285,8 @@ class _Mechanic:
       updates,
     )
     x = jax.tree.map(lambda leaf: leaf.position, offsets)
+    if shardings is not None:
+      extra_args |= accepted(self.base, {"shardings": shardings})
     base_update = functools.partial(self.base.update, **extra_args)
     decayed = x
     if self.tuner.rule.decays_after_base:

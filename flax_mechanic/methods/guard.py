@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flax_mechanic.extra_args import accepted
 from flax_mechanic.mechanic import sizes
 from flax_mechanic.mechanic.groups import Groups
 from flax_mechanic.mechanic.held import Restart, held_update
 from flax_mechanic.mechanic.offset import widen
 from flax_mechanic.mechanic.sums import inner_products
-from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.placement import Shardings
 
 

@@ -14,8 +14,8 @@ from flax.core import meta
 from jax.sharding import AxisType
 from optax.tree_utils import _tree_math
 
+from flax_mechanic.extra_args import accepted
 from flax_mechanic.mechanic.held import held_update
-from flax_mechanic.methods.extra_args import accepted
 from flax_mechanic.paths import parameter_of, parameter_path
 from flax_mechanic.placement import Shardings
 

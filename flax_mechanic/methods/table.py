@@ -11,7 +11,7 @@ import optax
 from optax import contrib
 
 from flax_mechanic.mechanic import MechanicState, mechanize
-from flax_mechanic.methods import features, readers, repairs
+from flax_mechanic.methods import features, muon, readers, repairs
 from flax_mechanic.methods.guard import guard
 from flax_mechanic.methods.registry import default_options, leave_out, register
 
@@ -189,7 +189,7 @@ register_optax(
   "orthogonalized momentum for matrices, Adam for the rest",
   "transformers; a larger learning rate than adamw's",
   "Jordan et al. 2024, kellerjordan.github.io/posts/muon",
-  build=lambda learning_rate, matrices, **options: contrib.muon(
+  build=lambda learning_rate, matrices, **options: muon.muon(
     learning_rate,
     muon_weight_dimension_numbers=features.matrices(
       matrices, contrib.MuonDimensionNumbers

@@ -64,8 +64,11 @@ def collectives(hlo: str) -> Mapping[str, Collectives]:
   for name, times in _visits(bodies, entry):
     for line in bodies[name]:
       if made := _INSTRUCTION.match(line):
-        # The parts of a split collective share one channel.
-        channel = re.search(r"channel_id=(\d+)", line)
+        # The parts of a split collective share one channel; but so do all that
+        # a `shard_map` exchanges, which are not split.
+        channel = made[3] != "all-to-all" and re.search(
+          r"channel_id=(\d+)", line
+        )
         # What is sent comes before a context and a token.
         types = made[2].split(", u32[]")[0] if made[3] == "send" else made[2]
         found[made[3], channel[1] if channel else made[1]] = Collectives(
@@ -84,7 +87,8 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
   """Counts the floating point operations of matrix products and convolutions.
 
   A multiplication and an addition are two. A scan counts every iteration, any
-  other loop counts once; a conditional counts its most expensive branch.
+  other loop counts once; a conditional counts its most expensive branch; a
+  `shard_map` counts on every device of its mesh.
   """
   if isinstance(jaxpr, ClosedJaxpr):
     jaxpr = jaxpr.jaxpr
@@ -104,6 +108,8 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     else:
       inner = [matmul_flops(each) for each in _jaxprs(params.values())]
       times = params["length"] if name == "scan" else 1
+      if name == "shard_map":
+        times = params["mesh"].size  # It is one device's program.
       total += times * (max(inner) if name == "cond" else sum(inner))
   return total
 

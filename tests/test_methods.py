@@ -167,6 +167,28 @@ def test_schedule_free_is_optax_s_over_a_base_without_momentum(x64, base):
   assert norm(flat(evaluated) - flat(x)) > 1e-3 * norm(x)
 
 
+def test_schedule_free_over_mechanic_averages_what_mechanic_moves(x64):
+  tx = build("schedule_free", **under("schedule_free", base="mechanic", b1=0.8))
+  state, _ = minimize(tx, 12, jnp.float64)
+
+  mechanic = build("mechanic", **under("adamw", b1=0.0))
+  z = x = network.params(jnp.float64)
+  between = lambda weight: jax.tree.map(
+    lambda a, b: (1 - weight) * a + weight * b, z, x
+  )
+  learned = mechanic.init(z)
+  grad, update = jax.jit(jax.grad(network.loss)), jax.jit(mechanic.update)
+  for t in range(1, 13):
+    grads = grad(between(0.8), *network.batch(t - 1, jnp.float64))
+    moved, learned = update(grads, learned, z)
+    z = optax.apply_updates(z, moved)
+    x = between(1 - 1 / t)
+  assert_close(state.params, between(0.8), 1e-6)
+  assert_close(state.eval_params(), x, 1e-6)
+  scale = flax_mechanic.scalars(state.opt_state)["learning_rate/effective"]
+  assert scale == pytest.approx(float(jnp.mean(learned.scale)))
+
+
 @pytest.mark.parametrize(
   ("fields", "reference", "bare"),
   [

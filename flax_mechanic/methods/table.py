@@ -15,10 +15,6 @@ from flax_mechanic.methods import features, muon, readers, repairs
 from flax_mechanic.methods.guard import guard
 from flax_mechanic.methods.registry import default_options, leave_out, register
 
-_MOVES_PARAMETERS = (
-  "mechanic recovers its offset from the parameters, which schedule_free moves "
-  "by itself"
-)
 _POSITIONS = (
   "its updates lead to positions, and the wrapper adds them to another point"
 )
@@ -44,7 +40,9 @@ def _register_mechanic(
     schedule=None,
     unguarded={"spike_factor": 0.0},
     refuses={
-      "schedule_free": _MOVES_PARAMETERS,
+      "schedule_free": "it averages what mechanic moves; type "
+      "--config.optimizer=schedule_free "
+      "--config.opt.schedule_free.base=mechanic",
       "madgrad": _POSITIONS,
       "fromage": "its steps are as large as the weights, which they make grow, "
       "so that mechanic diverges",
@@ -678,7 +676,22 @@ register(
 def _schedule_free(base, learning_rate, b1, **options):
   if not 0 < b1 < 1:
     raise ValueError(f"b1={b1} must be above 0 and below 1")
-  return contrib.schedule_free(base, learning_rate, b1=b1, **options)
+  average = lambda base: contrib.schedule_free(
+    base, learning_rate, b1=b1, **options
+  )
+  base = optax.with_extra_args_support(base)
+
+  def update(updates, state, params=None, **extra_args):
+    def update_z(updates, inner_state, _, **extra_args):
+      return base.update(updates, inner_state, state.z, **extra_args)
+
+    moves_z = optax.GradientTransformationExtraArgs(base.init, update_z)
+    # Mechanic learns from z - x0, and optax's wrapper hands on y (0.2.8).
+    is_learned = isinstance(state.base_optimizer_state, MechanicState)
+    tx = average(moves_z if is_learned else base)
+    return tx.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(average(base).init, update)
 
 
 register(
@@ -700,11 +713,10 @@ register(
       "its momentum cannot be switched off, and schedule_free has its own",
     ),
     **dict.fromkeys(("cocob", "madgrad"), _POSITIONS),
-    **dict.fromkeys(("mechanic", "mechanize"), _MOVES_PARAMETERS),
   },
   eval_params={contrib.ScheduleFreeState: readers.schedule_free},
   summary="averages iterates instead of decaying the learning rate",
-  advice="warm-up only; a larger learning rate than the base's",
+  advice="warm-up only; over mechanic, or a larger rate than the base's",
   paper="Defazio et al. 2024, arXiv 2405.15682",
 )
 register(

@@ -188,13 +188,21 @@ def override(
     given.setdefault(path, []).append(argument)
 
   for path, arguments in given.items():
-    arguments = ["", *arguments]
     parser = absl.flags.FlagValues()
     holder, key = _find(config, path)
     kind = holder.get_type(key)
+    # By itself, since the parser prints all that it is given, twice.
+    alone = ConfigDict()
+    alone[key] = config_dict.placeholder(kind)
+    if holder[key] is not None:
+      alone[key] = holder[key]
+    words = [
+      "",
+      *(a.replace(f"config.{path}", f"config.{key}", 1) for a in arguments),
+    ]
     try:
       config_flags.DEFINE_config_dict(
-        "config", config, flag_values=parser, sys_argv=arguments
+        "config", alone, flag_values=parser, sys_argv=words
       )
     except absl.flags.Error:
       raise UsageError(
@@ -202,12 +210,13 @@ def override(
         "a number, a string or a tuple in the config file"
       ) from None
     try:
-      parser(arguments)
+      parser(words)
     except (absl.flags.Error, ValueError):
       raise UsageError(
         f"{arguments[-1]}: config.{path} is of type {kind.__name__}; type "
         + _example(path, holder[key], kind)
       ) from None
+    holder[key] = alone[key]
   if rate is not None:
     rate *= stack.relative_rate(stack.resolve(config.optimizer, config.opt))
     config.learning_rate = float(f"{rate:.6g}")

@@ -177,8 +177,6 @@ def job_collectives(name, base, **fields):
     ("mechanic", "adamw", True),
     ("adamw", None, True),
     ("prodigy", None, False),
-    ("dadapt_adamw", None, False),
-    ("momo_adam", None, True),
     ("schedule_free", "adamw", False),
   ],
 )

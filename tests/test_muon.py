@@ -72,10 +72,12 @@ def on_mesh(tx, axis_type, **placement):
   ("axis_type", "shard_over", "options"),
   [
     (AxisType.Auto, [], {"preconditioning": "schatten", "weight_decay": 0.1}),
-    (AxisType.Explicit, ["data"], {"adaptive": True, "nesterov": False}),
-    pytest.param(
-      *(AxisType.Auto, ["data"], {"ns_coeffs": ((3.0, -3.0, 1.0),) * 3}),
-      marks=pytest.mark.slow,
+    *(
+      pytest.param(axis_type, ["data"], options, marks=pytest.mark.slow)
+      for axis_type, options in (
+        (AxisType.Explicit, {"adaptive": True, "nesterov": False}),
+        (AxisType.Auto, {"ns_coeffs": ((3.0, -3.0, 1.0),) * 3}),
+      )
     ),
   ],
 )
@@ -95,6 +97,7 @@ def test_a_mesh_computes_what_one_device_does(axis_type, shard_over, options):
     assert found.sharding.is_equivalent_to(each[name].sharding, wanted.ndim)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_no_device_gathers_a_stack():
   def moves(tx):

@@ -8,7 +8,7 @@ with, and the base learning rates that Mechanic trains with; :ablation changes
 one of the flag's options at a time; :bases tunes every optimizer that is tuned
 by hand, and puts Mechanic over it.
 
-:schedules puts adamw and Mechanic under two schedules, in five minutes; :oracle
+:schedules compares schedules, and schedule_free, in eight minutes; :oracle
 says, in eight, why Mechanic is behind on some jobs.
 
 :confirmation is the jobs that no default was chosen on, which should take 40
@@ -186,6 +186,9 @@ _VARIANTS = {
       f"mechanic, stable: optimizer=mechanic {_STABLE}",
       "mechanic(muon), stable: optimizer=mechanic opt.mechanic.base=muon"
       f" {_STABLE}",
+      "schedule_free",
+      "schedule_free(mechanic): optimizer=schedule_free "
+      "opt.schedule_free.base=mechanic",
     ),
     "num_steps": (400, 1600),
   },

@@ -456,8 +456,10 @@ def test_report_is_deterministic(folder):
   assert text(folder, sample_length=0).report(model) == ""
 
 
-def test_report_at_temperature_zero_takes_the_likeliest(folder):
-  task = text(folder, sample_length=4, sample_temperature=0.0)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_report_at_temperature_zero_takes_the_likeliest(folder, scan_layers):
+  model = {"scan_layers": scan_layers, "num_layers": 1}
+  task = text(folder, sample_length=4, sample_temperature=0.0, model=model)
   model = create(task)
   # Only lower case, so that what is sampled can be shown.
   letters = np.zeros(256)

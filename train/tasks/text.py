@@ -59,10 +59,11 @@ _NOT_STDLIB = (
 @functools.partial(jax.jit, static_argnames=("graphdef", "length"))
 def _sample(graphdef, state, prompt, key, temperature, length):
   """Returns `length` tokens, int32, that follow `prompt` [context_length]."""
-  model = nnx.merge(graphdef, state)
-  model.eval()
 
   def step(window, key):
+    # A model of another trace cannot scan over its layers (flax 0.12).
+    model = nnx.merge(graphdef, state)
+    model.eval()
     logits = model(window[None])[0, -1]
     noise = jax.random.gumbel(key, logits.shape)
     token = jnp.argmax(logits + temperature * noise).astype(jnp.int32)
@@ -218,7 +219,7 @@ class Text:
     start = self._windows(self._held_out, np.array([0]))
     sample = _sample(
       graphdef,
-      state,
+      nnx.as_pure(state),
       start["text"][0, :-1].astype(np.int32),
       jax.random.key(self._config.seed),
       self._config.sample_temperature,

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax import contrib
 from optax.contrib import _muon
@@ -45,7 +45,8 @@ def muon(
   """
   with _REPLACING:
     original = _muon.scale_by_muon
-    _muon.scale_by_muon = lambda **options: _dealt_out(original, **options)
+    dealt_out: Any = functools.partial(_dealt_out, original)
+    _muon.scale_by_muon = dealt_out
     try:
       return contrib.muon(learning_rate, **options)
     finally:
@@ -67,9 +68,16 @@ def _dealt_out(
     **options | {"ns_steps": 0, "preconditioning": "aol", "adaptive": False}
   )
 
-  def update(updates, state, params=None, *, shardings=None, **extra_args):
+  def update(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    *,
+    shardings: Shardings | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
     del params, extra_args
-    if not _is_split(updates, shardings):
+    if shardings is None or not _is_split(updates, shardings):
       return in_place.update(updates, state)
 
     def orthogonalize(x: jax.Array, numbers: Any = None) -> jax.Array:
@@ -83,7 +91,7 @@ def _dealt_out(
       )
 
     mu_hat, new = momentum.update(
-      updates, state._replace(ns_coeffs=jnp.zeros(3))
+      updates, optax.tree.set(state, ns_coeffs=jnp.zeros(3))
     )
     numbers = weight_dimension_numbers(updates)
     updates = _map_matrices(orthogonalize, mu_hat, numbers, shardings)
@@ -92,26 +100,34 @@ def _dealt_out(
       updates = jax.tree.map(
         lambda m, u: jnp.sum(m.conj() * u) * u, mu_hat, updates
       )
-    return updates, new._replace(ns_coeffs=state.ns_coeffs)
+    return updates, optax.tree.set(new, ns_coeffs=state.ns_coeffs)
 
   return optax.GradientTransformationExtraArgs(in_place.init, update)
 
 
-def _is_split(updates: Any, shardings: Shardings | None) -> bool:
-  """Whether a mesh that is not mapped over by hand splits any of the leaves."""
-  if shardings is None:
-    return False
+def _is_split(updates: Any, shardings: Shardings) -> bool:
+  """Whether a mesh splits any leaf, outside of `shard_map`."""
+  known = shardings.by_path
   found = jax.tree_util.tree_leaves_with_path(updates)
-  return any(_axes(path, leaf, shardings) for path, leaf in found) and not any(
+  mapped = lambda leaf: (
     AxisType.Manual in jax.typeof(leaf).sharding.mesh.axis_types
-    for _, leaf in found
+  )
+  return any(
+    any(_split(path, leaf, known)) and not mapped(leaf) for path, leaf in found
   )
 
 
-def _axes(path: Any, leaf: jax.Array, shardings: Shardings) -> tuple[str, ...]:
-  """Returns the mesh's axes that split a leaf."""
-  sharding = shardings.by_path.get(parameter_path(path))
-  return sum(axes_of(sharding, leaf.ndim), ()) if sharding else ()
+def _split(
+  path: Any, leaf: jax.Array, known: Mapping[str, NamedSharding]
+) -> list[tuple[str, ...]]:
+  """Returns, for each axis of a leaf, the mesh's axes that split it."""
+  sharding = known.get(parameter_path(path))
+  if sharding is None:
+    return [()] * leaf.ndim
+  return [
+    tuple(name for name in names if sharding.mesh.shape[name] > 1)
+    for names in axes_of(sharding, leaf.ndim)
+  ]
 
 
 def _map_matrices(
@@ -127,22 +143,23 @@ def _map_matrices(
     shardings: of its leaves.
   """
   leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-  mapped, alike = [], {}
+  known = shardings.by_path
+  mapped, back, alike = [], {}, {}
   for i, ((path, leaf), number) in enumerate(
     zip(leaves, structure.flatten_up_to(numbers), strict=True)
   ):
-    if axes := _axes(path, leaf, shardings):
-      split = axes_of(shardings.by_path[parameter_path(path)], leaf.ndim)
-      devices = _Devices(shardings.mesh, axes)
-      stack, back = _fold(leaf, number, split, devices.size)
-      alike.setdefault((devices, stack.shape[1:], stack.dtype), []).append(i)
-      mapped.append((stack, back))
-    else:
+    split = _split(path, leaf, known)
+    if not any(split):
       mapped.append(f(leaf, number))
+      continue
+    devices = _Devices(shardings.mesh, sum(split, ()))
+    stack, back[i] = _fold(leaf, number, split, devices.size)
+    alike.setdefault((devices, stack.shape[1:], stack.dtype), []).append(i)
+    mapped.append(stack)
   for (devices, *_), indices in alike.items():
-    done = devices.map(f, [mapped[i][0] for i in indices])
+    done = devices.map(f, [mapped[i] for i in indices])
     for i, stack in zip(indices, done, strict=True):
-      mapped[i] = mapped[i][1](stack)
+      mapped[i] = back[i](stack)
   return jax.tree.unflatten(structure, mapped)
 
 
@@ -154,8 +171,8 @@ def _fold(
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
   """Returns a leaf as [n, rows, columns], and the way back.
 
-  The devices divide the rows, which are the axes of the leaf that are split
-  already if that can be.
+  The rows are what the devices divide and, if both or neither are, what is
+  split over more axes already.
 
   Args:
     leaf: a matrix or a stack.

@@ -682,12 +682,15 @@ def _schedule_free(base, learning_rate, b1, **options):
   base = optax.with_extra_args_support(base)
 
   def update(updates, state, params=None, **extra_args):
-    def update_z(updates, inner_state, _, **extra_args):
-      return base.update(updates, inner_state, state.z, **extra_args)
+    z = state.z
 
-    moves_z = optax.GradientTransformationExtraArgs(base.init, update_z)
+    def update_z(updates, state, params=None, **extra_args):
+      del params
+      return base.update(updates, state, z, **extra_args)
+
     # Mechanic learns from z - x0, and optax's wrapper hands on y (0.2.8).
     is_learned = isinstance(state.base_optimizer_state, MechanicState)
+    moves_z = optax.GradientTransformationExtraArgs(base.init, update_z)
     tx = average(moves_z if is_learned else base)
     return tx.update(updates, state, params, **extra_args)
 

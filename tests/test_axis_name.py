@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flax_mechanic import Optimizer, TrainState, UsageError
@@ -40,11 +40,14 @@ def in_pmap(step):
   return run
 
 
+def make_mesh():
+  return jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+
+
 def in_shard_map(step):
-  mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
   rows, whole = P("batch"), P()
   mapped = jax.shard_map(
-    step, mesh=mesh, in_specs=(whole, rows, rows, whole), out_specs=whole
+    step, mesh=make_mesh(), in_specs=(whole, rows, rows, whole), out_specs=whole
   )
   jitted = jax.jit(mapped)
   return lambda state, *batch, key: jitted(state, *batch, key)
@@ -83,11 +86,15 @@ def test_a_split_batch_is_a_whole_one(method, map_):
   def step(state, inputs, targets, key, axis_name="batch"):
     return state.minimize(noisy_loss, inputs, targets, key, axis_name=axis_name)
 
-  state = TrainState.create(
-    apply_fn=None, params=network.params(), tx=build(method)
+  create = lambda params: TrainState.create(
+    apply_fn=None, params=params, tx=build(method)
   )
+  params = network.params()
+  state = create(params)
+  if map_ is in_shard_map:  # Of parameters that know their place on its mesh.
+    params = jax.device_put(params, NamedSharding(make_mesh(), P()))
   whole = jax.jit(functools.partial(step, axis_name=None))
-  found, expected = train(map_(step), state), train(whole, state)
+  found, expected = train(map_(step), create(params)), train(whole, state)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   jax.tree.map(close, found[0].params, expected[0].params)
   close(found[1], expected[1])

@@ -1,5 +1,6 @@
 """The benchmark's command, on small trees."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -90,3 +91,15 @@ def test_turns_with_a_save_and_without_are_measured(capsys, monkeypatch):
   assert float(step) > 0
   assert float(waiting) > 0
   assert cost.strip().endswith("%")
+
+
+def test_a_save_costs_a_part_of_the_steps_between_two(capsys, monkeypatch):
+  turns = lambda: itertools.repeat((0.3, 0.2, 0.01))
+  monkeypatch.setattr(saving, "_turns", turns)
+  saving.main(["3"])
+  row = capsys.readouterr().out.splitlines()[2]
+  every = text.get_config().checkpoint_every
+  assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+    *("20.0", "10", "100"),
+    f"{0.1 / (0.02 * every):.1%}",
+  ]

@@ -147,6 +147,10 @@ def test_what_is_between_two_chunks_is_not_read(bucket, folder, monkeypatch):
 def test_trouble_is_of_buckets_alone(monkeypatch):
   error = ConnectionError("503")
   assert storage.trouble("gs://b/run", error)
+  # Also where another error was raised while it was handled.
+  later = ValueError("no JSON")
+  later.__context__ = error
+  assert storage.trouble("gs://b/run", later)
   assert storage.trouble("runs/mine", error) is None
   monkeypatch.setitem(sys.modules, "gcsfs", None)
   assert storage.trouble(None, error)
@@ -247,6 +251,21 @@ def test_of_many_runs_one_gets_the_lock(bucket, folder, monkeypatch):
   assert (len(leases), len(errors)) == (1, 5)
   leases[0].check()
   leases[0].release()
+
+
+def test_a_run_that_looked_too_early_leaves_no_lock(
+  bucket, folder, monkeypatch
+):
+  file_system = storage.file_system(storage.path(folder))
+  held = lock.Lease(folder, file_system)
+  held._renew()
+  # As if another had found none, before the first one had begun.
+  monkeypatch.setattr(lock.Lease, "_lapsed", lambda self: {})
+  with pytest.raises(UsageError, match="another run is writing"):
+    lock.Lease(folder, file_system)
+  assert list(held._objects()) == [2]
+  held.release()
+  assert not held._objects()
 
 
 def test_what_is_logged_reads_as_one_after_a_resume(bucket, folder):

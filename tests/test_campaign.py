@@ -5,10 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from flax_mechanic.checkpoints import record
-from train.faults import judge
+from train.faults import damage, judge
 from train.faults.jobs import STEPS, Job
 from train.faults.runs import Ended
 
@@ -43,13 +44,14 @@ def test_some_trials():
     (Ended(0, DONE, "a line\n" * 40), "other"),
     (Ended(2, "", ""), "silent"),
     (Ended(2, "", "error: a\nerror: b\n"), "silent"),
+    (Ended(75, "", ""), "silent"),
     (Ended(0, "step 1\n", ""), "silent"),
     (Ended(2, "", "error: No space left on device\n"), None),
     (Ended(0, DONE, ""), None),
   ],
 )
 def test_how_a_run_may_end(ended, outcome):
-  found = judge.of_ends([Ended(0, DONE, ""), ended], {0, 2})
+  found = judge.of_ends([Ended(0, DONE, ""), ended], {0, 2, 75})
   assert (found and found.outcome) == outcome
 
 
@@ -68,12 +70,23 @@ def resumed(step, words=""):
   return Ended(0, output, "")
 
 
+@pytest.mark.parametrize("byte", [b"\0", b"\xff"])
+def test_a_flip_is_one_of_any_bit(tmp_path, byte):
+  path = tmp_path / "30" / "array"
+  path.parent.mkdir()
+  for seed in range(8):
+    path.write_bytes(100 * byte)
+    damage.flip(tmp_path, np.random.default_rng(seed))
+    assert path.read_bytes() != 100 * byte
+
+
 def test_damage_has_to_be_said(job):
   before = judge.files(job.checkpoints)
   newest = job.checkpoints / "35"
   assert judge.of_damage(job, before, resumed(35)) is None
   newest.rename(job.checkpoints / "damaged_35")
-  assert judge.of_damage(job, before, resumed(30)).outcome == "silent"
+  for step in (30, 34):
+    assert judge.of_damage(job, before, resumed(step)).outcome == "silent"
   said = resumed(30, "step 35 in checkpoints cannot be read")
   assert judge.of_damage(job, before, said) is None
   (job.checkpoints / "damaged_35" / "array").unlink()
@@ -112,5 +125,8 @@ def test_numbers_have_to_be_the_same(job):
   assert judge.of_numbers(job, wanted).outcome == "silent"
   save(job, 2.0, "a")
   assert judge.of_numbers(job, wanted).outcome == "silent"
+  # From the step after one on.
+  assert judge.of_numbers(job, wanted, STEPS - 1).outcome == "silent"
+  assert judge.of_numbers(job, wanted, STEPS).outcome == "same numbers"
   (job.workdir / "metrics.jsonl").unlink()
   assert judge.of_numbers(job, wanted).outcome == "silent"

@@ -104,8 +104,10 @@ def test_a_step_that_is_not_newer_is_refused(tmp_path):
 
 
 def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
-  saved = ConfigDict({"optimizer": "mechanic"})
-  present = ConfigDict({"optimizer": "sgd"})
+  # Three of its options change too, of which an error names as many fields.
+  opt = lambda value: {"adamw": dict.fromkeys(("b1", "b2", "eps"), value)}
+  saved = ConfigDict({"optimizer": "mechanic", "opt": opt(0.9)})
+  present = ConfigDict({"optimizer": "sgd", "opt": opt(0.8)})
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, nnx.state(create()), config=saved)
     with pytest.raises(
@@ -116,16 +118,19 @@ def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
       UsageError, match=r"model/linear/bias has another shape"
     ):
       checkpointer.restore(abstract(width=9), config=saved)
-    # Placement changes no shape, and is not what is wrong.
+    # Placement and the seed change no shape, and are not what is wrong.
     elsewhere = ConfigDict(
       {
         "optimizer": "mechanic",
+        "opt": opt(0.9),
+        "seed": 1,
         "mesh": {"data": 2},
         "shard_optimizer_state": True,
       }
     )
-    with pytest.raises(UsageError, match="the config is the same"):
-      checkpointer.restore(abstract(width=9), config=elsewhere)
+    for config in (elsewhere, None):
+      with pytest.raises(UsageError, match="the config is the same"):
+        checkpointer.restore(abstract(width=9), config=config)
 
 
 def test_a_step_that_is_not_there_is_named(tmp_path):
@@ -147,7 +152,8 @@ def test_python_scalars_come_back(tmp_path):
 
 
 def test_a_part_of_what_was_saved(tmp_path):
-  state = {"params": {"w": jnp.ones(2), "b": jnp.ones(3)}, "mu": jnp.ones(2)}
+  ones = jnp.ones(2)
+  state = {"params": {"w": ones, "b": jnp.ones(3)}, "mu": ones, "nu": ones}
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, state)
     checkpointer.wait()
@@ -155,7 +161,9 @@ def test_a_part_of_what_was_saved(tmp_path):
     restored = checkpointer.restore(part, part=True).state
     assert jax.tree.structure(restored) == jax.tree.structure(part)
     np.testing.assert_array_equal(restored["params"]["w"], 1)
-    with pytest.raises(UsageError, match="mu is not wanted"):
+    with pytest.raises(
+      UsageError, match=r"\(mu .*, nu .*, params/b is not wanted\)"
+    ):
       checkpointer.restore(part)
     with pytest.raises(UsageError, match="params/v is not in it"):
       checkpointer.restore({"params": {"v": jnp.zeros(2)}}, part=True)
@@ -223,7 +231,8 @@ def mechanic(kind, start=0.0):
     # What is known of gradients' sizes starts without any.
     values["sizes"] = {"peak": jnp.zeros(2), "skipped": values["skipped"]}
   # A base with fields of those names, which are its own.
-  values["base_optimizer_state"] = {"grad_norm": jnp.ones(1)}
+  names = ("grad_norm", "s_init")
+  values["base_optimizer_state"] = dict.fromkeys(names, jnp.ones(1))
   return kind(**{field: values[field] for field in kind._fields})
 
 

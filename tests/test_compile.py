@@ -197,6 +197,10 @@ def test_a_pod_s_memory_is_what_arithmetic_says():
   assert mib["optimizer's state, MiB"] == pytest.approx(3 * copy, rel=0.02)
   assert mib["arguments as compiled, MiB"] == pytest.approx(4 * copy, rel=0.05)
   assert mib["temporaries, MiB"] < 1.5 * copy
+  # The new state is where the old one was.
+  parts = ("arguments as compiled, MiB", "temporaries, MiB", "program, MiB")
+  whole = sum(mib[part] for part in parts)
+  assert mib["in all, MiB"] == pytest.approx(whole, rel=0.02)
   assert column["fits"].startswith("yes")
   # A matrix product forward, one more to recompute it, two backward.
   tokens = 4 * 512

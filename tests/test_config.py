@@ -339,8 +339,16 @@ class Job:
   )
 
 
-@pytest.mark.parametrize("opt", [None, {}, "all"])
-def test_old_flags_of_a_dataclass_go_on_acting(opt):
+@pytest.mark.parametrize(
+  ("opt", "b1"),
+  [
+    (None, 0.8),
+    ({}, 0.8),
+    ("all", 0.8),
+    ({"adamw": {"b1": 0.7}}, 0.7),  # What is set there comes first.
+  ],
+)
+def test_old_flags_of_a_dataclass_go_on_acting(opt, b1):
   config = Job() if opt == "all" else Job(opt=opt)
   make = lambda: flax_mechanic.make_optimizer(
     config,
@@ -352,7 +360,7 @@ def test_old_flags_of_a_dataclass_go_on_acting(opt):
     },
   )
   theirs = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(0.02, 0.8, weight_decay=0.2)
+    optax.clip_by_global_norm(1.0), optax.adamw(0.02, b1, weight_decay=0.2)
   )
   ours, expected = (network.train(tx, 10)[2] for tx in (make(), theirs))
   np.testing.assert_allclose(ours, expected, rtol=1e-5)
@@ -363,7 +371,7 @@ def test_old_flags_of_a_dataclass_go_on_acting(opt):
     optimizer="mechanic",
     grad_clip=1.0,
     opt__adamw__weight_decay=0.2,
-    opt__adamw__b1=0.8,
+    opt__adamw__b1=b1,
   )
   both = make(), flax_mechanic.make_optimizer(reference)
   ours, expected = (network.train(tx, 5)[2] for tx in both)
@@ -548,6 +556,15 @@ def test_a_constant_learning_rate_is_read_and_set_in_the_state(
   )
 
 
+def test_a_whole_number_that_is_set_is_kept_as_a_float():
+  tx = flax_mechanic.make_optimizer(make_config(optimizer="sgd", guard=False))
+  x = {"w": jnp.ones(2)}
+  state = optax.tree.set(tx.init(x), learning_rate=1)
+  _, state = tx.update(x, state, x)
+  rate = optax.tree.get(state, "learning_rate")
+  assert (rate, rate.dtype) == (1.0, jnp.float32)
+
+
 @pytest.mark.parametrize("name", ["adamw", "mechanic", "schedule_free"])
 def test_a_scheduled_learning_rate_is_read_in_the_state(name):
   shape = optax.linear_schedule(1.0, 0.0, 4)
@@ -569,6 +586,10 @@ def test_register_adds_a_transformation_to_the_flag():
   flax_mechanic.register("signed", signum)
   rated = flax_mechanic.register("rated", lambda learning_rate=1.0, b=2: None)
   assert rated.options == {"b": 2, "learning_rate": float}
+  # A wrapper leaves it to its base.
+  base = {"base": "signed"}
+  same = flax_mechanic.register("same", lambda base, rate: base, options=base)
+  assert same.options == base
   config = make_config(optimizer="signed", opt__signed__beta=0.8)
   ours = network.train(flax_mechanic.make_optimizer(config), 10)
   theirs = network.train(signum(0.01, beta=0.8), 10)
@@ -617,6 +638,8 @@ def test_schedule_errors():
     flax_mechanic.make_schedule("warmup_cosin", 100)
   with pytest.raises(UsageError, match=r"warmup_steps=100 .* 50 updates"):
     flax_mechanic.make_schedule("warmup", 50, 100)
+  with pytest.raises(UsageError, match=r"warmup_steps=50 .* 50 updates"):
+    flax_mechanic.make_schedule("warmup", 50, 50)
 
 
 def test_scalars_read_what_was_learned():
@@ -639,6 +662,10 @@ def test_scalars_read_what_was_learned():
     "skipped_in_a_row": 0.0,
   }
   assert flax_mechanic.scalars(optax.sgd(0.1).init(network.params())) == {}
+  theirs = optax.contrib.mechanize(optax.sgd(1.0)).init(network.params())
+  found = flax_mechanic.scalars(theirs)
+  np.testing.assert_allclose(found["mechanic/scale"], theirs.s.sum())
+  assert found["learning_rate/effective"] == found["mechanic/scale"]
 
 
 @pytest.mark.parametrize(

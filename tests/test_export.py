@@ -155,6 +155,7 @@ def test_damage_is_said_and_the_step_before_is_exported(
   steps = run / "checkpoints"
   (steps / "30" / "record" / "metadata").write_text("{}")
   shutil.copytree(steps / "20", steps / "damaged_40")
+  shutil.copytree(steps / "20", steps / "damaged_20")  # It was saved again.
   assert export.main([str(run), str(tmp_path / "out")]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert "step 30 in" in lines[0]

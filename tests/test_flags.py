@@ -576,10 +576,13 @@ def test_a_broken_pipe_that_is_not_the_output_s_is_a_defect():
   ],
   ids=["disk", "limit", "tensorstore"],
 )
-def test_a_full_disk_is_one_sentence(capsys, error):
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
+def test_a_full_disk_is_one_sentence(capsys, error, link):
   def report(arguments):
     yield "a line"
-    raise RuntimeError("saving failed") from error
+    failure = RuntimeError("saving failed")
+    setattr(failure, link, error)
+    raise failure
 
   assert command.run_command("help", report, []) == 2
   printed = capsys.readouterr().err

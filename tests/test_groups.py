@@ -189,6 +189,24 @@ def test_an_offset_below_rounding_gives_no_initial_scale():
   assert state.initial_scale == 0.0
 
 
+def test_nothing_is_decayed_until_an_initial_scale_is_measured():
+  def after_two(weight_decay):
+    options = FLAG | {"weight_decay": weight_decay}
+    tx = mechanize(optax.sgd(1.0), **options)
+    update, x = jax.jit(tx.update), jnp.ones(10)
+    state = tx.init(x)
+    for _ in range(2):
+      updates, state = update(jnp.full(10, 0.5), state, x)
+      x = optax.apply_updates(x, updates)
+    assert state.initial_scale == 0.0
+    return state
+
+  # Of an offset that is above rounding, so that h is not 0.
+  decayed, alone = map(after_two, (1e6, 0.0))
+  assert decayed.m.min() > 1.0
+  np.testing.assert_array_equal(decayed.m, alone.m)
+
+
 def test_a_skipped_gradient_leaves_what_was_measured():
   tx = mechanize(BASES["adamw"](), groups=".*", **FLAG)
   x, state, _ = network.train(tx, 5)
@@ -241,8 +259,9 @@ def test_the_mean_norm_holds_the_scale_where_gradients_vanish():
   assert last_scale(True) < 0.3 * last_scale(False)
 
 
-def test_a_group_without_gradients_waits():
-  tx = mechanize(optax.adam(1.0), groups=".*", **FLAG)
+@pytest.mark.parametrize("variant", ["optax", "pytorch"])
+def test_a_group_without_gradients_waits(variant):
+  tx = mechanize(optax.adam(1.0), variant=variant, groups=".*", **FLAG)
   x = {"used": jnp.ones(3), "unused": jnp.ones(3), "empty": jnp.ones((0, 2))}
   state, update = tx.init(x), jax.jit(tx.update)
   for _ in range(20):

@@ -99,6 +99,12 @@ def test_a_size_that_stays_is_the_usual_one(value):
   assert skipped([*GOOD, *later, 100 * value])[-1] == 80
 
 
+def test_a_small_size_that_stays_is_small_by_those_of_late():
+  # The smallest of long ago is forgotten.
+  verdicts, _ = judge([*GOOD, 0.06, *GOOD * 8, *[0.03] * 25])
+  assert [i for i, verdict in enumerate(verdicts) if verdict.lasting] == [205]
+
+
 @pytest.mark.parametrize("before", [0, 1, 10])
 def test_a_spike_while_sizes_change_is_not_what_they_change_to(before):
   larger = [10 * norm for norm in GOOD * 3]
@@ -129,6 +135,9 @@ def test_the_last_examples_that_are_wrong_are_no_spikes():
   parts = [[norm, norm / 10] for norm in (*vanishing, *wrong(0.0, 15))]
   parts[170::16] = [[0.5, 1.0]] * 20
   assert skipped(parts) == spikes(15)
+  # Spikes of before a lasting change are not counted.
+  changed = [*GOOD, *[1e3, 1.0] * 20, *[1e4] * 25, *1e4 * 0.9 ** np.arange(150)]
+  assert skipped([*changed, 9e3])[-1] == len(changed)
   # A first gradient that was bad was not used.
   assert skipped([1e3, *vanishing, *wrong(2.1, 15)])[-20:] == [
     step + 1 for step in spikes(15)
@@ -141,6 +150,8 @@ def test_gradients_that_are_not_finite_are_no_size_that_stays():
   # Nor do they interrupt one.
   norms = [*GOOD, *[1e6] * 12, np.nan, *[1e6] * 13]
   assert skipped(norms) == list(range(20, 45))
+  # After it there are spikes as before.
+  assert skipped([*norms, 1e8]) == [*range(20, 45), 46]
 
 
 def test_first_gradients_that_were_bad():
@@ -273,8 +284,14 @@ def test_schedules_follow_the_job_s_steps():
   assert optax.tree.get(state.opt_state, "mu")["head"].any()
 
 
-def test_a_first_gradient_that_was_bad_is_forgotten():
-  tx = guard(optax.adam(0.1))
+@pytest.mark.parametrize(
+  "inner",
+  # The second one's state starts from the parameters.
+  [optax.adam(0.1), optax.contrib.schedule_free_sgd(0.1)],
+  ids=["adam", "schedule_free"],
+)
+def test_a_first_gradient_that_was_bad_is_forgotten(inner):
+  tx = guard(inner)
   update = jax.jit(tx.update)
   x = network.params()
   state = tx.init(x)
@@ -285,9 +302,7 @@ def test_a_first_gradient_that_was_bad_is_forgotten():
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(moved))
   assert state.sizes.skipped == 1
   updates, state = update(gradient(2), state, x)
-  wanted, alone = optax.adam(0.1).update(
-    gradient(2), optax.adam(0.1).init(x), x
-  )
+  wanted, alone = inner.update(gradient(2), inner.init(x), x)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)
   jax.tree.map(close, (updates, state.inner_state), (wanted, alone))
 

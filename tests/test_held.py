@@ -108,10 +108,13 @@ def test_goes_back_to_the_start(name):
   for i in range(2):
     _, state = base.update(gradient(i), state, params)
 
+  # A reference point stays, wherever the parameters are by now.
+  moved = jax.tree.map(lambda x: x + 1, params)
+
   @jax.jit
   def update(now, g, state):
     take = lambda new, old: new
-    restart = Restart(now, base.init(params))
+    restart = Restart(now, base.init(moved))
     return held_update(base.update, take, g, state, params, restart)
 
   for now, before in ((True, start), (False, state)):

@@ -397,6 +397,14 @@ def test_a_finite_spike_costs_a_few_steps(base):
   assert np.mean(losses[-20:]) < 1.1 * np.mean(good[-20:])
 
 
+def test_parameters_too_large_to_be_squared_stay():
+  tx = mechanize(optax.sgd(1.0))
+  x = jnp.full(3, 1e20)
+  updates, state = jax.jit(tx.update)(jnp.ones(3), tx.init(x), x)
+  assert state.skipped == 1
+  np.testing.assert_array_equal(updates, 0.0)
+
+
 def test_spikes_are_let_through_if_asked():
   spike = {50: lambda g: jax.tree.map(lambda leaf: 1e6 * leaf, g)}
   ours, states = run_with(
@@ -488,6 +496,8 @@ def test_complex_parameters(x0_dtype):
   tx = mechanize(optax.sgd(0.1), x0_dtype=x0_dtype)
   x = {"w": jnp.array([1.0 + 1.0j, -2.0j])}
   state, update = tx.init(x), jax.jit(tx.update)
+  # No narrow type holds them.
+  np.testing.assert_array_equal(state.x0["w"], x["w"])
   for _ in range(100):
     updates, state = update(x, state, x)
     x = optax.apply_updates(x, updates)
@@ -551,3 +561,17 @@ def test_bfloat16_parameters_are_the_rounded_sum_of_x0_and_delta():
   )
   rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact)
   assert relative_error(x, rounded) < 2**-8
+
+
+def test_a_delta_that_is_kept_shrinks_like_one_that_is_recovered():
+  # By S / (S + eps), of which an eps as large as S leaves half.
+  eps = 0.1
+  tx = mechanize(optax.sgd(1.0), eps=eps, s_init=0.1)
+  update, x = jax.jit(tx.update), {"w": jnp.ones(4, jnp.bfloat16)}
+  state, delta = tx.init(x), 0.0
+  for g in (0.5, 0.5, np.nan, 0.5, 0.5):
+    if np.isfinite(g):
+      delta = delta * state.scale / (state.scale + eps) - g
+    updates, state = update({"w": jnp.full(4, g, jnp.bfloat16)}, state, x)
+    x = optax.apply_updates(x, updates)
+    np.testing.assert_allclose(state.delta["w"], delta, rtol=1e-5)

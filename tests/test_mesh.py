@@ -131,6 +131,7 @@ def test_sizes(sizes, wanted, axis_type):
     ({"tensor": -2}, "each must be 1 or more"),
     ({"axis_type": "Auto"}, r"config\.mesh\.axis_type='Auto'.*'auto'"),
     ({"batch_size": 12}, r"config\.batch_size=12 must be a multiple of 8"),
+    ({"batch_size": 6, "data": 2, "fsdp": 4}, "must be a multiple of 8"),
   ],
 )
 def test_bad_sizes(fields, words):
@@ -249,6 +250,22 @@ def test_where_the_optimizer_s_state_lies(shard, offload, axis_type):
     jax.tree.leaves(state), jax.tree.leaves(job.target), strict=True
   ):
     assert leaf.sharding.is_equivalent_to(target.sharding, leaf.ndim)
+
+
+def test_the_state_is_split_over_all_that_splits_the_batch():
+  config = make_config(data=2, fsdp=4, shard_optimizer_state=True)
+  target = make_job(config).target
+  # A scale is whole on each device, as no rule splits it.
+  scale = nnx.to_pure_dict(target["model"])["norm"]["scale"]
+  assert scale.sharding.shard_shape(scale.shape) == scale.shape == (32,)
+  found = [
+    leaf.sharding.shard_shape(leaf.shape)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(target["optimizer"])
+    if jax.tree_util.keystr(path, simple=True, separator="/").endswith(
+      "/norm/scale/value"
+    )
+  ]
+  assert found == [(4,)] * 3  # Two moments and x0.
 
 
 def test_nothing_is_whole_on_one_device_when_it_is_made():

@@ -451,6 +451,10 @@ def test_scalars_read_the_distance_estimate(x64, name):
   np.testing.assert_allclose(
     found["learning_rate/effective"], d * (1 - 19 / 32), rtol=1e-6
   )
+  # The names of its fields tell the method, where nothing else is left.
+  optimizer = Optimizer(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), build(name, SHAPE))
+  named = flax_mechanic.scalars(nnx.state(optimizer)["opt_state"])
+  assert named.keys() == found.keys()
 
 
 @pytest.mark.parametrize("name", ["dog", "dowg"])

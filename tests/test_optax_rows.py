@@ -63,6 +63,9 @@ def test_an_optimizer_that_this_optax_lacks_says_so(monkeypatch):
   words = rf"'adamz' is left out: optax {optax.__version__} does not have it"
   with pytest.raises(UsageError, match=f"{words}; type pip install -U optax$"):
     build("adamz")
+  # Unless a job brings its own.
+  flax_mechanic.register("adamz", optax.sgd)
+  build("adamz")
 
 
 def test_what_is_left_out_says_what_to_type_instead():

@@ -76,6 +76,16 @@ def test_the_search_finds_each_leaf_s_rate():
   assert found.of_best == pytest.approx(0.0, abs=1e-12)
 
 
+def test_the_search_makes_one_move_a_leaf_where_both_help():
+  def train(rows):
+    # By the power of 3: of 1 and -1, which are better than 0, the first one.
+    power = np.round(np.log(rows) / np.log(3.0)).astype(int)
+    loss = np.array([2.0, 0.0, 3.0, 3.0, 1.0])[power].sum(-1)
+    return oracle.Losses(loss, loss)
+
+  assert oracle._search(train, np.ones([1, 3])).of_best == 0.0
+
+
 def test_the_search_moves_one_leaf_where_all_together_are_worse():
   def train(rows):
     apart = np.log(rows).sum(-1) - np.log(3.0)

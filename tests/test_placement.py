@@ -337,6 +337,20 @@ def test_an_annotated_scalar_is_known():
   assert list(optimizer.shardings.by_path) == ["scale"]
 
 
+def test_an_annotation_of_the_state_alone_is_as_in_flax():
+  def spec(make):
+    @nnx.jit
+    def create():
+      w = nnx.Param(jnp.ones((8, 4)), optimizer_sharding=("data", None))
+      model = nnx.Dict({"w": w})
+      return make(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+
+    return create().opt_state[0].trace["w"].get_value().sharding.spec
+
+  with jax.set_mesh(make_mesh(AxisType.Auto)):
+    assert spec(Optimizer) == spec(nnx.Optimizer) == P("data")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [Optimizer, TrainState])
 def test_offloads_from_one_device_too(make):
@@ -397,6 +411,7 @@ def test_a_model_that_is_annotated_in_part_compiles_once(axis_type):
     ((8,), P(), ["data", "model"], P(("data", "model"))),
     ((3, 5), P(None, None), ["data"], P(None, None)),
     ((8, 8), P(None, None), ["absent"], P(None, None)),
+    ((0, 8), P(None, None), ["data"], P(None, "data")),
     ((), P(), ["data"], P()),
   ],
 )

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.figure import Figure
 
 from train import plot
 
@@ -48,6 +49,20 @@ def test_each_metric_of_each_run_is_drawn(tmp_path, capsys):
   assert "steps_per_second" not in drawn
   assert "scale_min" not in drawn
   assert "FillBetweenPolyCollection" in drawn
+
+
+@pytest.mark.parametrize(
+  ("name", "least", "scale"),
+  [
+    ("train/loss", 0.5, "log"),
+    ("skipped", 0.0, "linear"),
+    ("eval/accuracy", 0.5, "linear"),
+  ],
+)
+def test_what_may_be_small_has_a_logarithmic_axis(name, least, scale):
+  axes = Figure().subplots()
+  plot._draw(axes, name, {name: (np.array([1, 2]), np.array([least, 1]))}, "a")
+  assert axes.get_yscale() == scale
 
 
 def test_what_is_not_finite_or_not_whole_is_left_out(tmp_path):

@@ -104,8 +104,10 @@ def test_a_gradient_of_the_whole_batch_is_not_one_per_example():
   # All leaves have as many rows, so that optax would take them for examples.
   params = {"a": jnp.ones((8, 3)), "b": jnp.ones((8, 2))}
   tx = build("dpsgd")
-  with pytest.raises(ValueError, match="needs a gradient for each example"):
-    tx.update(params, tx.init(params), params)
+  in_part = params | {"a": jnp.ones((8, 8, 3))}
+  for grads in (params, in_part):
+    with pytest.raises(ValueError, match="needs a gradient for each example"):
+      tx.update(grads, tx.init(params), params)
 
 
 @pytest.mark.parametrize("name", ["sam", AGGREGATE])

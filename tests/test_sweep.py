@@ -11,7 +11,7 @@ import configs.sweep
 from flax_mechanic.errors import UsageError
 from train import loop
 from train.sweep import __main__ as sweep
-from train.sweep import comparison, plan, random_search
+from train.sweep import comparison, figures, plan, random_search
 
 ARGUMENTS = [
   "--config=configs/sweep.py",
@@ -183,7 +183,7 @@ def test_a_job_has_fields_of_its_own():
   config = configs.sweep.get_config()
   config.jobs = (
     "configs/digits.py model.widths=(8,) seeds=1 num_steps=(7,)"
-    " learning_rates=(0.5,)",
+    " evaluations=3 learning_rates=(0.5,)",
     "configs/digits.py",
   )
   config.interpolating = ()
@@ -194,6 +194,8 @@ def test_a_job_has_fields_of_its_own():
   assert own.rates == (0.5,)
   assert own.runs() == [(0.5, 0)]
   assert own.sweep.num_steps == (7,)
+  # The last step is evaluated too.
+  assert [key[-1] for key in own.keys(7)] == [0, 2, 4, 6, 7]
   assert own.config.model.widths == (8,)
   assert own.config.batch_size == 8
   plain = units["configs/digits.py", "ours"]
@@ -323,6 +325,7 @@ def make_rows():
     # job, method, learning rate: validation, test and training loss.
     ("a.py", "adamw", 0.1): (1.0, 2.0, 9.0),
     ("a.py", "adamw", 0.2): (3.0, 1.0, 0.1),
+    ("a.py", "ours", 1e-3): (1.0, 1.0, 9.0),
     ("a.py", "ours", 1.0): (9.0, 3.0, 9.0),
     ("a.py", "ours", 1e3): (1.0, 1.0, 9.0),
     ("b.py", "adamw", 0.1): (1.0, 1.0, 1.0),
@@ -367,6 +370,7 @@ def test_comparison():
   assert result.loc[("a", "ours"), "learning_rate"] == 1.0
   assert result.loc[("a", "ours"), "ratio"] == pytest.approx(3.0005 / 2.0005)
   assert result.loc[("a", "ours"), "points"] == pytest.approx(-5.0)
+  assert result.loc[("a", "ours"), "floor"] == 0.0
   # 0.0085 is below half a percent of the loss at the start.
   assert result.loc[("b", "ours"), "ratio"] == pytest.approx(0.0205 / 0.01)
   assert result.loc[("b", "ours"), "points"] == pytest.approx(-2.5)
@@ -376,6 +380,7 @@ def test_comparison():
   seen = seen.set_index(["job", "method"])
   assert list(seen.index) == [("b", "adamw"), ("b", "ours")]
   assert seen.loc[("b", "adamw"), "learning_rate"] == 0.1
+  assert set(seen["floor"]) == {0.0}
   assert seen.loc[("b", "ours"), "ratio"] == pytest.approx(9.0005 / 1.0005)
 
 
@@ -404,11 +409,23 @@ def test_the_best_tuned_is_chosen_by_what_it_is_tuned_by():
 def test_the_interval_draws_seeds_for_both_methods_at_once():
   result = comparison.compare(comparison.frame(list(make_rows())))
   own = result[(result["job"] == "a") & (result["method"] == "ours")]
-  assert comparison.interval(own) == pytest.approx((3.001 / 2.001, 3.0 / 2.0))
+  expected = pytest.approx((3.001 / 2.001, 3.0 / 2.0))
+  assert comparison.interval(own) == expected
+  # Of two jobs it is that of their mean, whose ends are drawn often enough.
+  assert comparison.interval(pd.concat([own] * 2)) == expected
   one_seed = [row for row in make_rows() if row["seed"] == 0]
   result = comparison.compare(comparison.frame(one_seed))
   assert np.isnan(comparison.interval(result)).all()
   assert " to " not in comparison.tables(comparison.frame(one_seed))
+
+
+def test_a_profile_is_of_what_is_within_a_factor():
+  result = comparison.compare(comparison.frame(list(make_rows())))
+  (axes,) = figures._profiles(result, figures._styles(result)).axes
+  lines = {line.get_label(): line.get_data() for line in axes.lines}
+  # The ratios are 1.50 and 2.05.
+  for factor, fraction in ((1.3, 0.0), (1.8, 0.5), (2.5, 1.0)):
+    assert np.interp(factor, *lines["ours"]) == fraction
 
 
 def test_random_search():

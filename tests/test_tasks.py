@@ -103,6 +103,18 @@ def test_jobs_train(name):
   assert losses[-1] < losses[0]
 
 
+def test_a_model_is_evaluated_in_evaluation_mode():
+  job = make_job(make_config("vae"), jax.devices()[:1])
+  modes = []
+
+  def look(state):
+    modes.append(job.functions.eval_model(state).deterministic)
+
+  with jax.set_mesh(job.automatic):
+    jax.eval_shape(look, job.target)
+  assert modes == [True]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_whole_runs_can_be_vmapped_over_seeds(name):
   task = make(name, batch_size=8)

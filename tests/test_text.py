@@ -430,6 +430,13 @@ def test_dropout_only_where_asked(folder):
   assert loss(model, batch)[0] != loss(model, batch)[0]
   model.eval()
   assert loss(model, batch)[0] == loss(model, batch)[0]
+  # On either half of a block, where the other one adds nothing.
+  for half in (lambda block: block.attention.out, lambda block: block.mlp.down):
+    model = create(task)
+    for block in model.blocks:
+      kernel = half(block).kernel
+      kernel.set_value(jnp.zeros_like(kernel.get_value()))
+    assert loss(model, batch)[0] != loss(model, batch)[0]
 
 
 @pytest.mark.parametrize(

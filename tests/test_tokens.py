@@ -2,7 +2,10 @@
 
 import json
 import sys
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,7 +16,7 @@ from configs import text as text_config
 from flax_mechanic.errors import UsageError
 from train import loop
 from train.job import make_job
-from train.tasks import corpus, make_task, tokens
+from train.tasks import corpus, losses, make_task, tokens
 
 WORDS = [
   "naïve ",
@@ -133,6 +136,16 @@ def test_targets_do_not_cross_documents(folder):
   assert loss(model, short)[0] == before
 
 
+def test_what_is_not_asked_for_counts_in_no_mean():
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(4, 9, 3)))
+  labels = jnp.asarray(rng.integers(3, size=(4, 9)))
+  where = rng.random((4, 9)) < 0.5
+  found = losses.cross_entropy(logits, labels, where)
+  wanted = losses.cross_entropy(logits[where], labels[where])
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, wanted)
+
+
 def lossy():
   """A tokenizer of lower-case words, whose letters are not bytes."""
   import tokenizers
@@ -152,6 +165,10 @@ def test_every_byte_is_of_a_token():
   assert encoded.ids.tolist() == [2, 1, 3, 4, 0, 5]
   assert encoded.sizes.tolist() == [3, 7, 5, 4, 4, 7]
   assert encoded.sizes.sum() == len(text.encode())
+  # The last and the first characters of each width.
+  edges = "\x7f \x80 \u07ff \u0800 \uffff \U00010000"
+  (encoded,) = tokens.Tokenizer(lossy()).encode([edges.encode()])
+  assert encoded.sizes.tolist() == [1, 3, 3, 4, 4, 5]
 
 
 @pytest.mark.slow

@@ -397,6 +397,19 @@ def test_a_finite_spike_costs_a_few_steps(base):
   assert np.mean(losses[-20:]) < 1.1 * np.mean(good[-20:])
 
 
+@pytest.mark.parametrize(("size", "skips"), [(1e8, False), (1e9, True)])
+def test_products_whose_squares_have_no_sum_are_skipped(size, skips):
+  tx = mechanize(optax.sgd(1.0))
+  update, x = jax.jit(tx.update), jnp.ones(4)
+  state = tx.init(x)
+  for g in [size] * 20 + [1.0] * 40:
+    updates, state = update(jnp.full(4, g), state, x)
+    x = optax.apply_updates(x, updates)
+  assert (state.skipped > 0) == skips
+  assert np.all(np.isfinite(state.v))
+  assert state.scale > 0
+
+
 def test_parameters_too_large_to_be_squared_stay():
   tx = mechanize(optax.sgd(1.0))
   x = jnp.full(3, 1e20)

@@ -325,11 +325,13 @@ class _Mechanic:
     self, sums: Sequence[jax.Array], state: MechanicState
   ) -> "_Learned":
     """Judges a gradient and learns s from it, both by its inner products."""
+    # An infinite v stays infinite.
+    v = jnp.max(state.v, -1) + jnp.square(sums[PAIRS.index("gd")])
     verdict, known = sizes.judge(
       state.sizes,
       sums[0],
       self.spike_factor,
-      finite=jnp.all(jnp.isfinite(jnp.stack(sums))),
+      finite=jnp.all(jnp.isfinite(jnp.stack([*sums, v]))),
       # An x0 of long ago, such as one of an adopted run, is no start.
       may_restart=state.count < sizes.YOUNG,
     )

@@ -80,7 +80,7 @@ class Optimizer(nnx.Optimizer):
     params = nnx.state(model, wrt, graph=graph)
     self.shardings = nnx.static(shardings or _shardings(params))
     self.state_shardings = nnx.static(
-      self.shardings.for_state(shard_over, offload)
+      _annotated(self.shardings, params).for_state(shard_over, offload)
     )
     self.opt_state = nnx.data(_init(tx, params, self.state_shardings))
     self.step.set_value(self.shardings.place(self.step.get_value()))
@@ -456,6 +456,19 @@ def _shardings(params: nnx.State) -> Shardings:
       )
     )
   )
+
+
+def _annotated(shardings: Shardings, params: nnx.State) -> Shardings:
+  """Returns the shardings with those that flax's `optimizer_sharding` names."""
+  specs = {}
+  for path, variable in nnx.to_flat_state(params):
+    if variable.get_metadata().get("optimizer_sharding") is not None:
+      of_state = nnx.Variable.from_metadata(
+        variable.get_value(), _metadata(variable)
+      )
+      spec = nnx.get_partition_spec(of_state).get_value()
+      specs["/".join(map(str, path))] = spec
+  return shardings.with_specs(specs)
 
 
 def _metadata(parameter: nnx.Variable) -> dict[str, Any]:

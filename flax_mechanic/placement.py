@@ -107,6 +107,16 @@ class Shardings:
       ),
     )
 
+  def with_specs(self, specs: Mapping[str, P]) -> Self:
+    """Returns the known shardings with other specs for some paths."""
+
+    def sharding(leaf: PlacedLeaf) -> NamedSharding:
+      mesh, spec = leaf.sharding.mesh, leaf.sharding.spec  # pyrefly: ignore
+      spec = specs.get(leaf.path, spec)
+      return _normal(NamedSharding(mesh, spec), len(leaf.shape))
+
+    return self._map(sharding)
+
   def split_over(self, axes: Sequence[str]) -> Self:
     """Returns the shardings with each leaf split over `axes` as well.
 

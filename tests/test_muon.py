@@ -20,11 +20,14 @@ SHAPES = {
   "tall": ((24, 8), P("fsdp")),
   "query": ((16, 2, 6), P("fsdp", "data")),
   "odd": ((7, 3), P()),
+  # Whole matrices, where they are used.
+  "experts": ((4, 6, 5), P("fsdp")),
   "bias": ((8,), P("fsdp")),
 }
 NUMBERS = {
   "stack": contrib.MuonDimensionNumbers((1,), (2,)),
   "query": contrib.MuonDimensionNumbers((0,), (1, 2)),
+  "experts": contrib.MuonDimensionNumbers((1,), (2,)),
   "bias": None,
 }
 
@@ -47,7 +50,7 @@ def by_flag(**options):
     ConfigDict({"learning_rate": 0.1}), "muon"
   )
   config.guard = False
-  config.opt.muon.matrices = ("stack bio", "query ioo")
+  config.opt.muon.matrices = ("stack bio", "experts bio", "query ioo")
   config.opt.muon.update(options)
   return flax_mechanic.make_optimizer(config)
 

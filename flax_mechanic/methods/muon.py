@@ -149,7 +149,8 @@ def _map_matrices(
     zip(leaves, structure.flatten_up_to(numbers), strict=True)
   ):
     split = _split(path, leaf, known)
-    if not any(split):
+    rows, columns = _muon._normalize_axes(leaf, number)
+    if not any(split[i] for i in (*rows, *columns)):
       mapped.append(f(leaf, number))
       continue
     devices = _Devices(shardings.mesh, sum(split, ()))

@@ -19,8 +19,8 @@ DONE = f"done at step {STEPS}: eval/loss 1\n"
 
 @pytest.mark.slow
 def test_some_trials():
-  # Of six kinds, and of one job, which is cheap.
-  numbers = (22, 24, 140, 148, 163, 507)
+  # Of four kinds, and of one job, which is cheap.
+  numbers = (22, 24, 140, 507)
   process = subprocess.run(
     [
       *(sys.executable, "-m", "train.faults", "--seed=1"),

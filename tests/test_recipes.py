@@ -188,9 +188,9 @@ FAST = {
 }
 
 
-# Each way to update, and to keep a state: masked and factored, beside those
-# with keys, averages and copies of the parameters.
-DRAWN = [*STEPS, "muon", "adafactor"]
+# Each way to update, and to keep a state: in part, beside those with keys,
+# averages and copies of the parameters.
+DRAWN = [*STEPS, "muon"]
 
 
 def devices(diff):

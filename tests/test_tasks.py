@@ -77,7 +77,10 @@ def test_batches_are_a_pure_function_of_seed_and_step(name):
 
 # tests/test_train.py trains an augmented job.
 _ELSEWHERE = {"digits", "cnn", "augmented"}
-_SLOW = {"changing", "gru", "lstm", "ratings", "small", "vae", "vit", "wine"}
+_SLOW = {
+  *("changing", "gru", "iris", "lstm", "ratings", "small", "tiny", "vae"),
+  *("vit", "wine"),
+}
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
   arguments = parser.parse_args(argv)
   base, rounds, quick = arguments.base, arguments.rounds, arguments.quick
   leaves = (2, 4) if quick else (10, 150, 500)
+  arrays = ("one",) if quick else ("one", "six")
   jobs = {"digits": digits} if quick else _JOBS
 
   device = jax.devices()[0]
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
   )
   _print_table(
     "on 8 CPU devices, leaves of four placements, by Optimizer",
-    {"": functools.partial(measure.compiled_elsewhere, base)},
+    {"": functools.partial(measure.compiled_elsewhere, base, arrays)},
   )
   megabytes = 8 if quick else 500
   _print_table(

@@ -1,6 +1,6 @@
 """Facts of a compiled update: exact, and found without running it.
 
-  python -m train.cost.facts BASE
+  python -m train.cost.facts BASE [one] [six]
 
 prints, as one JSON object, the facts of every update on eight devices and on a
 TPU v5e. `train.benchmark` runs this in a second process, because its own has
@@ -182,8 +182,16 @@ def v5e() -> NamedSharding | None:
   return NamedSharding(jax.sharding.Mesh(np.array(devices[:1]), ("chip",)), P())
 
 
-def main(base: str) -> None:
-  """Prints the facts of all updates over a base as JSON."""
+_ON_V5E = {"one": ONE_ARRAY, "six": SIX_MATRICES}
+
+
+def main(base: str, *arrays: str) -> None:
+  """Prints the facts of all updates over a base as JSON.
+
+  Args:
+    base: a row of the table.
+    *arrays: of "one" and "six", what to compile for a v5e; both by default.
+  """
   updates.register_reference()
   found: dict[str, dict[str, Any]] = {name: {} for name in updates.UPDATES}
   chip = v5e()
@@ -191,13 +199,13 @@ def main(base: str) -> None:
     tx = update.make(base)
     facts = compile_optimizer(tx, mixed_mesh(AxisType.Auto))
     found[name]["eight devices"] = dataclasses.asdict(facts)
-    for label, shapes in (("one", ONE_ARRAY), ("six", SIX_MATRICES)):
+    for label in arrays or _ON_V5E:
       if chip is not None:
         for suffix, options in (("", None), (" HBM", NO_PREFETCH)):
-          facts = compile_update(tx, shapes, chip, options)
+          facts = compile_update(tx, _ON_V5E[label], chip, options)
           found[name][label + suffix] = dataclasses.asdict(facts)
   json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":
-  main(sys.argv[1])
+  main(*sys.argv[1:])

@@ -108,14 +108,19 @@ def compiled_here(base: str, leaves: int) -> Rows:
   return rows
 
 
-def compiled_elsewhere(base: str) -> Rows:
-  """Compiles updates for eight CPU devices and, with libtpu, for a v5e."""
+def compiled_elsewhere(base: str, arrays: Sequence[str]) -> Rows:
+  """Compiles updates for eight CPU devices and, with libtpu, for a v5e.
+
+  Args:
+    base: of the updates.
+    arrays: of "one" and "six", what is updated on a v5e.
+  """
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
   }
   output = subprocess.run(
-    [sys.executable, "-m", "train.cost.facts", base],
+    [sys.executable, "-m", "train.cost.facts", base, *arrays],
     env=environment,
     check=True,
     capture_output=True,
@@ -131,7 +136,7 @@ def compiled_elsewhere(base: str) -> Rows:
       "temporaries": f"{eight['temporary']:.2f}",
       "unavoidable bytes": f"{unavoidable:.1f}",
     }
-    for shapes in ("one", "six"):
+    for shapes in arrays:
       if shapes in found:
         bytes_, hbm = (
           found[shapes + kind]["accessed"] for kind in ("", " HBM")

@@ -108,11 +108,16 @@ class Shardings:
     )
 
   def with_specs(self, specs: Mapping[str, P]) -> Self:
-    """Returns the known shardings with other specs for some paths."""
+    """Returns the known shardings with other specs for some paths.
+
+    A spec that names an axis which the mesh does not have is ignored.
+    """
 
     def sharding(leaf: PlacedLeaf) -> NamedSharding:
-      mesh, spec = leaf.sharding.mesh, leaf.sharding.spec  # pyrefly: ignore
-      spec = specs.get(leaf.path, spec)
+      mesh, own = leaf.sharding.mesh, leaf.sharding.spec  # pyrefly: ignore
+      spec = specs.get(leaf.path, own)
+      if not {*jax.tree.leaves(tuple(spec))} <= {*mesh.axis_names}:
+        spec = own
       return _normal(NamedSharding(mesh, spec), len(leaf.shape))
 
     return self._map(sharding)

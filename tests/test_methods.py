@@ -167,8 +167,13 @@ def test_schedule_free_is_optax_s_over_a_base_without_momentum(x64, base):
   assert norm(flat(evaluated) - flat(x)) > 1e-3 * norm(x)
 
 
-def test_schedule_free_over_mechanic_averages_what_mechanic_moves(x64):
-  tx = build("schedule_free", **under("schedule_free", base="mechanic", b1=0.8))
+@pytest.mark.parametrize("between", [None, "split_real_and_imaginary"])
+def test_schedule_free_over_mechanic_averages_what_mechanic_moves(x64, between):
+  tx = build(
+    "schedule_free",
+    **under("schedule_free", base=between or "mechanic", b1=0.8),
+    **under("split_real_and_imaginary", base="mechanic"),
+  )
   state, _ = minimize(tx, 12, jnp.float64)
 
   mechanic = build("mechanic", **under("adamw", b1=0.0))
@@ -187,6 +192,31 @@ def test_schedule_free_over_mechanic_averages_what_mechanic_moves(x64):
   assert_close(state.eval_params(), x, 1e-6)
   scale = flax_mechanic.scalars(state.opt_state)["learning_rate/effective"]
   assert scale == pytest.approx(float(jnp.mean(learned.scale)))
+
+
+@pytest.mark.parametrize("bad_at", [0, 6])
+def test_schedule_free_averages_nothing_that_mechanic_skips(bad_at):
+  tx = build("schedule_free", **under("schedule_free", base="mechanic"))
+  update, start = jax.jit(tx.update), network.params()
+  rng = np.random.default_rng(0)
+  draw = lambda x: rng.normal(size=x.shape).astype(np.float32)
+  grads = [jax.tree.map(draw, start) for _ in range(8)]
+
+  def train(grads):
+    x, state = start, tx.init(start)
+    for g in grads:
+      updates, state = update(g, state, x)
+      x = optax.apply_updates(x, updates)
+    kept = state.weight_sum, state.max_lr, state.step_count, state.z
+    return x, kept
+
+  bad = jax.tree.map(lambda g: np.full_like(g, np.nan), grads[0])
+  assert_equal(train([*grads[:bad_at], bad, *grads[bad_at:]]), train(grads))
+  # A first one that was too large goes back to the start.
+  large = jax.tree.map(lambda g: 1e6 * g, grads[0])
+  x, (_, _, count, _) = train([large, *grads])
+  assert count < 1 + 9
+  assert np.all(np.isfinite(flat(x)))
 
 
 @pytest.mark.parametrize(

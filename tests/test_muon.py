@@ -20,6 +20,7 @@ SHAPES = {
   "tall": ((24, 8), P("fsdp")),
   "query": ((16, 2, 6), P("fsdp", "data")),
   "odd": ((7, 3), P()),
+  "square": ((8, 8), P(None, "fsdp")),
   # Whole matrices, where they are used.
   "experts": ((4, 6, 5), P("fsdp")),
   "bias": ((8,), P("fsdp")),
@@ -80,6 +81,7 @@ def on_mesh(tx, axis_type, **placement):
       for axis_type, options in (
         (AxisType.Explicit, {"adaptive": True, "nesterov": False}),
         (AxisType.Auto, {"ns_coeffs": ((3.0, -3.0, 1.0),) * 3}),
+        (AxisType.Auto, {"preconditioning": "aol"}),
       )
     ),
   ],

@@ -326,7 +326,8 @@ class _Mechanic:
   ) -> "_Learned":
     """Judges a gradient and learns s from it, both by its inner products."""
     # An infinite v stays infinite.
-    v = jnp.max(state.v, -1) + jnp.square(sums[PAIRS.index("gd")])
+    h, *_ = self._h(sums, state, jnp.ones([]))
+    v = jnp.max(state.v, -1) + jnp.square(h)
     verdict, known = sizes.judge(
       state.sizes,
       sums[0],

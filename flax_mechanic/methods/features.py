@@ -11,6 +11,7 @@ import optax
 from optax import contrib
 from optax.schedules import InjectStatefulHyperparamsState
 
+from flax_mechanic.mechanic import MechanicState
 from flax_mechanic.paths import matching, parameter_path
 
 
@@ -199,6 +200,75 @@ def average_iterates(
     return updates, AveragedState(inner_state, count, average)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def schedule_free(
+  base: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  b1: float,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  """Returns `optax.contrib.schedule_free`, which goes over Mechanic too.
+
+  Mechanic learns from z - x0, so it is handed z, which its updates move; optax
+  hands on y, where the gradient is taken (0.2.8). A gradient that Mechanic
+  skips is not averaged either, and where it restarts, so does the average.
+
+  Args:
+    base: what moves z.
+    learning_rate: update count -> learning rate, whose square is an iterate's
+      weight in the average.
+    b1: how far y is from z towards the average x.
+    **options: optax's others.
+  """
+  if not 0 < b1 < 1:
+    raise ValueError(f"b1={b1} must be above 0 and below 1")
+  average = lambda base: contrib.schedule_free(
+    base, learning_rate, b1=b1, **options
+  )
+  base = optax.with_extra_args_support(base)
+  plain = average(base)
+
+  def update(
+    updates: optax.Updates,
+    state: Any,
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.OptState]:
+    before = _mechanic_counts(state.base_optimizer_state)
+    if not before:
+      return plain.update(updates, state, params, **extra_args)
+    z = state.z
+
+    def update_z(updates, state, params=None, **extra_args):
+      del params
+      return base.update(updates, state, z, **extra_args)
+
+    moves_z = optax.GradientTransformationExtraArgs(base.init, update_z)
+    tx: Any = average(moves_z)
+    moved, new = tx.update(updates, state, params, **extra_args)
+    (before,), (after,) = before, _mechanic_counts(new.base_optimizer_state)
+    choose = lambda new, old, start: jnp.where(
+      after > before, new, jnp.where(after < before, start, old)
+    )
+    moved = jax.tree.map(
+      lambda u, z, y: choose(u, jnp.zeros_like(u), (z - y).astype(u.dtype)),
+      *(moved, new.z, params),
+    )
+    return moved, new._replace(
+      step_count=choose(new.step_count, state.step_count, 1),
+      weight_sum=choose(new.weight_sum, state.weight_sum, 0),
+      max_lr=choose(new.max_lr, state.max_lr, 0),
+    )
+
+  return optax.GradientTransformationExtraArgs(plain.init, update)
+
+
+def _mechanic_counts(state: optax.OptState) -> list[jax.Array]:
+  """Returns how many gradients each Mechanic in a state has taken."""
+  is_mechanic = lambda node: isinstance(node, MechanicState)
+  leaves = jax.tree.leaves(state, is_leaf=is_mechanic)
+  return [leaf.count for leaf in leaves if is_mechanic(leaf)]
 
 
 class MeasuredState(NamedTuple):

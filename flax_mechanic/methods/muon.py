@@ -19,7 +19,7 @@ from optax.contrib import _muon
 from flax_mechanic.paths import parameter_path
 from flax_mechanic.placement import Shardings, axes_of
 
-# The function is optax's, so it is replaced by one thread at a time.
+# optax's function is replaced while a muon is built, by one thread at a time.
 _REPLACING = threading.Lock()
 
 
@@ -40,8 +40,9 @@ def muon(
 
   Returns:
     A transformation with optax's state. Its update takes `shardings`, the
-    `Shardings` of the state's leaves. Without them, or where they split no
-    matrix, it is optax's.
+    `Shardings` of the state's leaves. Without them, where they split no matrix,
+    and with `preconditioning="aol"`, which tells rows from columns, it is
+    optax's.
   """
   with _REPLACING:
     original = _muon.scale_by_muon
@@ -62,8 +63,9 @@ def _dealt_out(
   """Returns optax's transformation with another update on a mesh."""
   options["weight_dimension_numbers"] = weight_dimension_numbers
   in_place = scale_by_muon(**options)
-  # No steps, after a normalization that is part of the first, leave the
-  # momentum as it is.
+  # With no steps and aol, which normalizes within the first step alone, optax
+  # returns the momentum itself.
+  by_rows = options["preconditioning"] == "aol"
   momentum = scale_by_muon(
     **options | {"ns_steps": 0, "preconditioning": "aol", "adaptive": False}
   )
@@ -77,7 +79,7 @@ def _dealt_out(
     **extra_args: Any,
   ) -> tuple[optax.Updates, optax.OptState]:
     del params, extra_args
-    if shardings is None or not _is_split(updates, shardings):
+    if shardings is None or by_rows or not _is_split(updates, shardings):
       return in_place.update(updates, state)
 
     def orthogonalize(x: jax.Array, numbers: Any = None) -> jax.Array:
@@ -150,7 +152,7 @@ def _map_matrices(
   ):
     split = _split(path, leaf, known)
     rows, columns = _muon._normalize_axes(leaf, number)
-    if not any(split[i] for i in (*rows, *columns)):
+    if not any(split[axis] for axis in (*rows, *columns)):
       mapped.append(f(leaf, number))
       continue
     devices = _Devices(shardings.mesh, sum(split, ()))
@@ -172,8 +174,8 @@ def _fold(
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
   """Returns a leaf as [n, rows, columns], and the way back.
 
-  The rows are what the devices divide and, if both or neither are, what is
-  split over more axes already.
+  What the devices divide becomes the rows; if they divide both or neither, what
+  is split over more axes already.
 
   Args:
     leaf: a matrix or a stack.
@@ -184,8 +186,8 @@ def _fold(
   fold, unfold = _muon._compute_muon_reshape(leaf, numbers)
   stack = fold(leaf)
   rows, columns = (
-    (size % devices == 0, sum(len(split[i]) for i in dims))
-    for size, dims in zip(
+    (size % devices == 0, sum(len(split[axis]) for axis in axes))
+    for size, axes in zip(
       stack.shape[1:], _muon._normalize_axes(leaf, numbers), strict=True
     )
   )

@@ -673,33 +673,9 @@ register(
 )
 
 
-def _schedule_free(base, learning_rate, b1, **options):
-  if not 0 < b1 < 1:
-    raise ValueError(f"b1={b1} must be above 0 and below 1")
-  average = lambda base: contrib.schedule_free(
-    base, learning_rate, b1=b1, **options
-  )
-  base = optax.with_extra_args_support(base)
-
-  def update(updates, state, params=None, **extra_args):
-    z = state.z
-
-    def update_z(updates, state, params=None, **extra_args):
-      del params
-      return base.update(updates, state, z, **extra_args)
-
-    # Mechanic learns from z - x0, and optax's wrapper hands on y (0.2.8).
-    is_learned = isinstance(state.base_optimizer_state, MechanicState)
-    moves_z = optax.GradientTransformationExtraArgs(base.init, update_z)
-    tx = average(moves_z if is_learned else base)
-    return tx.update(updates, state, params, **extra_args)
-
-  return optax.GradientTransformationExtraArgs(average(base).init, update)
-
-
 register(
   "schedule_free",
-  _schedule_free,
+  features.schedule_free,
   options={
     "base": "adamw",
     **default_options(contrib.schedule_free, state_dtype=str),

@@ -64,8 +64,8 @@ def collectives(hlo: str) -> Mapping[str, Collectives]:
   for name, times in _visits(bodies, entry):
     for line in bodies[name]:
       if made := _INSTRUCTION.match(line):
-        # The parts of a split collective share one channel; but so do all that
-        # a `shard_map` exchanges, which are not split.
+        # The parts of a split collective share one channel. So do all of
+        # `shard_map`, of which all-to-alls are told apart, as none is split.
         channel = made[3] != "all-to-all" and re.search(
           r"channel_id=(\d+)", line
         )
@@ -88,7 +88,7 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
 
   A multiplication and an addition are two. A scan counts every iteration, any
   other loop counts once; a conditional counts its most expensive branch; a
-  `shard_map` counts on every device of its mesh.
+  `shard_map` counts on every device along its axes.
   """
   if isinstance(jaxpr, ClosedJaxpr):
     jaxpr = jaxpr.jaxpr
@@ -109,7 +109,9 @@ def matmul_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
       inner = [matmul_flops(each) for each in _jaxprs(params.values())]
       times = params["length"] if name == "scan" else 1
       if name == "shard_map":
-        times = params["mesh"].size  # It is one device's program.
+        # It is one device's program, as far as these axes go.
+        sizes = params["mesh"].shape
+        times = math.prod(sizes[axis] for axis in params["newly_manual_axes"])
       total += times * (max(inner) if name == "cond" else sum(inner))
   return total
 

@@ -325,7 +325,7 @@ class _Mechanic:
     self, sums: Sequence[jax.Array], state: MechanicState
   ) -> "_Learned":
     """Judges a gradient and learns s from it, both by its inner products."""
-    # An infinite v stays infinite.
+    # An infinite v stays infinite. This h is of sizes that have not changed.
     h, *_ = self._h(sums, state, jnp.ones([]))
     v = jnp.max(state.v, -1) + jnp.square(h)
     verdict, known = sizes.judge(

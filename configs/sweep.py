@@ -13,7 +13,8 @@ says, in eight, why Mechanic is behind on some jobs.
 
 :confirmation is the jobs that no default was chosen on, which should take 40
 minutes, and :confirmation_long the expensive rest of them, two hours and a
-half. Two of the jobs start from a run that is trained before:
+half; :sizes is each kind of model once more, by which the flag's base is
+chosen. Their jobs of fine-tuning start from a run that is trained before:
 
   python -m train.main --config=configs/text.py:small --config.optimizer=adamw \
     --config.num_steps=1600 --workdir=runs/before
@@ -24,6 +25,9 @@ On your own job:
     --config.jobs="('configs/digits.py',)" --config.interpolating="()" \
     --config.methods="('adamw','mechanic')" --config.num_steps="(1000,)"
 """
+
+import os
+import sysconfig
 
 import ml_collections
 
@@ -105,6 +109,47 @@ _CONFIRMATION_LONG = (
 )
 _CONFIRMED = (*_TUNED, *_MECHANIC)
 
+# Not in the text without a path.
+_IDLE = os.path.join(sysconfig.get_path("stdlib"), "idlelib")
+
+# By these jobs the flag's base is chosen, adamw or muon. The rule, committed
+# with the list before any two optimizers were compared on it: the base is muon
+# if Mechanic over muon has both the smaller geometric mean and the smaller
+# worst ratio to tuned adamw, over all of these jobs and lengths. No job is
+# changed or left out after it is run.
+#
+# Each kind of model of the two lists above is here once more, in another size,
+# and with another batch, other data or another amount of noise; the text jobs
+# are as many as the others that have a held-out loss, since most of what people
+# train is text.
+_SIZES = (
+  "configs/text.py:deep runs_at_once=1 num_steps=(400,1600) seeds=2",
+  "configs/text.py:small data.tokenizer=1000 batch_size=16"
+  f" {_EXPENSIVE} seeds=3",
+  "configs/text.py:small model.positions=learned model.mlp=gelu"
+  f" model.num_layers=2 model.dropout=0.1 {_EXPENSIVE} seeds=3",
+  "configs/text.py:gru model.embed_dim=48 model.hidden_dim=96 batch_size=16"
+  f" {_VERY_EXPENSIVE} seeds=3",
+  "configs/text.py:lstm model.embed_dim=48 model.hidden_dim=96 batch_size=16"
+  f" {_VERY_EXPENSIVE} seeds=3",
+  f"configs/text.py:tune data.path={_IDLE} {_VERY_EXPENSIVE} seeds=3",
+  "configs/digits.py:augmented model.widths=(16,32) data.shift=2 batch_size=64"
+  f" {_VERY_EXPENSIVE} seeds=3",
+  "configs/digits.py:mlp model.widths=(128,) data.label_noise=0.2",
+  "configs/teacher.py model.widths=(64,) batch_size=8",
+  "configs/teacher.py:changing model.widths=(16,16,16) data.change_every=300",
+  "configs/ratings.py model.embed_dim=16 batch_size=128",
+  "configs/autoencoder.py:vae model.widths=(64,) model.code=4 batch_size=16",
+  "configs/tabular.py:wine model.widths=(64,) data.label_noise=0.1",
+)
+_SIZES_INTERPOLATING = (
+  f"configs/digits.py:vit model.num_layers=4 {_VERY_EXPENSIVE} seeds=3",
+  "configs/digits.py:small_cnn model.widths=(16,16,16) batch_size=16"
+  f" {_VERY_EXPENSIVE} seeds=3",
+  "configs/digits.py:mlp model.widths=(32,32,32,32) batch_size=128",
+  "configs/autoencoder.py model.widths=(64,32) model.code=4 batch_size=64",
+)
+
 _STABLE = "schedule.name=warmup_stable_decay"
 _FEW = {
   "jobs": ("configs/teacher.py", "configs/digits.py:logistic"),
@@ -136,6 +181,11 @@ _VARIANTS = {
     "jobs": _CONFIRMATION,
     "interpolating": _CONFIRMATION_INTERPOLATING,
     "methods": _CONFIRMED,
+  },
+  "sizes": {
+    "jobs": _SIZES,
+    "interpolating": _SIZES_INTERPOLATING,
+    "methods": (*_TUNED[:2], *_MECHANIC[:2]),
   },
   "oracle": {
     "jobs": (

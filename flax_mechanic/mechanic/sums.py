@@ -185,7 +185,7 @@ def _sum_rows(part: _Part, products: _Products) -> Sums:
   # that grows with its operands (jax 0.12).
   table = jnp.concatenate(rows, axis=1)
   if not part.groups.shape:
-    return _reduce(table)
+    return tuple(jnp.sum(table, axis=1))
   totals = jax.ops.segment_sum(table.T, np.asarray(of_row), part.groups.size)
   return tuple(totals.T)
 
@@ -203,7 +203,7 @@ def _row_sums(
     # Two terms at a time, since an addition waits for the one before it.
     pairs = [part[:whole].reshape(-1, _ROW // 2, 2) for part in flat]
     even, odd = (
-      _multiply(*(part[..., i] for part in pairs), products=products)
+      _multiply(*(part[..., i : i + 1] for part in pairs), products=products)
       for i in (0, 1)
     )
     if len(products.pairs) == 1:
@@ -218,11 +218,11 @@ def _row_sums(
 
 
 def _reduce(operands: Iterable[jax.Array]) -> Sums:
-  """Returns the sums over the last axis, of all operands in one loop."""
+  """Returns the sums over all axes but the first, in one loop."""
   operands = tuple(operands)
-  zeros = tuple(jnp.zeros([], operand.dtype) for operand in operands)
+  zeros = (jnp.zeros([], operands[0].dtype),) * len(operands)
   add = lambda a, b: tuple(map(operator.add, a, b))
-  return tuple(jax.lax.reduce(operands, zeros, add, [operands[0].ndim - 1]))
+  return tuple(jax.lax.reduce(operands, zeros, add, range(1, operands[0].ndim)))
 
 
 @functools.partial(jax.jit, static_argnames="products", inline=True)

@@ -38,6 +38,7 @@ def get_config(variant="small"):
   })
   config.opt = ConfigDict({"sgd": {"nesterov": False, "momentum": 0.9}})
   config.opt.mechanic = ConfigDict({"base": "adamw", "s_init": 1e-6})
+  config.opt.sam = ConfigDict({"base": "sgd", "rho": 0.05})
   config.opt.adamw = ConfigDict({"b1": 0.9, "eps": 1e-8})
   config.optimizer = "adamw"
   return config
@@ -197,6 +198,16 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
       "type --config.optimizer=sgd",
     ),
     (
+      "--config.optimizer=mechanic --config.opt.sgd.momentum=0.8",
+      "--config.opt.sgd.momentum has no effect on mechanic over adamw; leave "
+      "it out, or type --config.opt.mechanic.base=sgd",
+    ),
+    (
+      "--config.optimizer=mechanic --config.opt.sam.rho=0.1",
+      "--config.opt.sam.rho has no effect on mechanic over adamw; leave it "
+      "out, or type --config.optimizer=sam",
+    ),
+    (
       "--config.schedule=constant",
       "--config.schedule is a group of fields; set one of "
       "--config.schedule.name, --config.schedule.warmup_steps",
@@ -209,7 +220,7 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
   ],
 )
 def test_bad_argument(job, capsys, argument, sentence):
-  assert _run(capsys, argument) == (2, f"error: {sentence}\n")
+  assert _run(capsys, *argument.split(" ")) == (2, f"error: {sentence}\n")
   assert not job
 
 

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
+from flax_mechanic.methods.registry import methods
 
 _EXAMPLES = {
   "config": "--config=configs/digits.py",
@@ -278,9 +279,12 @@ def _check_used(config: ConfigDict, flags: Sequence[str]) -> None:
   used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
   for flag, name in given:
     if name not in used:
+      bases = [base for base, row in methods().items() if not row.wraps]
+      takes = used[1:] and name in bases
+      field = f"opt.{used[-2]}.base" if takes else "optimizer"
       raise UsageError(
         f"--{flag} has no effect on {' over '.join(used)}; leave it out, or "
-        f"type --config.optimizer={name}"
+        f"type --config.{field}={name}"
       )
 
 

@@ -13,8 +13,9 @@ says, in eight, why Mechanic is behind on some jobs.
 
 :confirmation is the jobs that no default was chosen on, which should take 40
 minutes, and :confirmation_long the expensive rest of them, two hours and a
-half; :sizes is each kind of model once more, by which the flag's base is
-chosen. Their jobs of fine-tuning start from a run that is trained before:
+half; :sizes is each kind of model once more, by which the flag's base was
+chosen, in an hour and a quarter. Their jobs of fine-tuning start from a run
+that is trained before:
 
   python -m train.main --config=configs/text.py:small --config.optimizer=adamw \
     --config.num_steps=1600 --workdir=runs/before

@@ -185,7 +185,7 @@ def _sum_rows(part: _Part, products: _Products) -> Sums:
   # that grows with its operands (jax 0.12).
   table = jnp.concatenate(rows, axis=1)
   if not part.groups.shape:
-    return tuple(jnp.sum(table, axis=1))
+    return _reduce(table, [0])
   totals = jax.ops.segment_sum(table.T, np.asarray(of_row), part.groups.size)
   return tuple(totals.T)
 
@@ -208,21 +208,21 @@ def _row_sums(
     )
     if len(products.pairs) == 1:
       # XLA:CPU fuses what several operands are made of, not one (jax 0.12).
-      sums.append((operator.add(*_reduce((*even, *odd))),))
+      sums.append((operator.add(*_reduce((*even, *odd), [1, 2])),))
     else:
-      sums.append(_reduce(map(operator.add, even, odd)))
+      sums.append(_reduce(map(operator.add, even, odd), [1, 2]))
   if whole < flat[0].size:
     rest = [part[whole:].reshape(1, -1) for part in flat]
-    sums.append(_reduce(_multiply(*rest, products=products)))
+    sums.append(_reduce(_multiply(*rest, products=products), [1]))
   return sums
 
 
-def _reduce(operands: Iterable[jax.Array]) -> Sums:
-  """Returns the sums over all axes but the first, in one loop."""
+def _reduce(operands: Iterable[jax.Array], axes: Sequence[int]) -> Sums:
+  """Returns the sums over some axes, of all operands in one loop."""
   operands = tuple(operands)
   zeros = (jnp.zeros([], operands[0].dtype),) * len(operands)
   add = lambda a, b: tuple(map(operator.add, a, b))
-  return tuple(jax.lax.reduce(operands, zeros, add, range(1, operands[0].ndim)))
+  return tuple(jax.lax.reduce(operands, zeros, add, axes))
 
 
 @functools.partial(jax.jit, static_argnames="products", inline=True)

@@ -113,16 +113,15 @@ _CONFIRMED = (*_TUNED, *_MECHANIC)
 # Not in the text without a path.
 _IDLE = os.path.join(sysconfig.get_path("stdlib"), "idlelib")
 
-# By these jobs the flag's base is chosen, adamw or muon. The rule, committed
+# By these jobs the flag's base was chosen, adamw or muon. The rule, committed
 # with the list before any two optimizers were compared on it: the base is muon
 # if Mechanic over muon has both the smaller geometric mean and the smaller
 # worst ratio to tuned adamw, over all of these jobs and lengths. No job is
 # changed or left out after it is run.
 #
 # Each kind of model of the two lists above is here once more, in another size,
-# and with another batch, other data or another amount of noise; the text jobs
-# are as many as the others that have a held-out loss, since most of what people
-# train is text.
+# and with another batch, other data or another amount of noise. A third of them
+# are of text, which is most of what people train.
 _SIZES = (
   "configs/text.py:deep runs_at_once=1 num_steps=(400,1600) seeds=2",
   "configs/text.py:small data.tokenizer=1000 batch_size=16"

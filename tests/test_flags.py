@@ -39,6 +39,7 @@ def get_config(variant="small"):
   config.opt = ConfigDict({"sgd": {"nesterov": False, "momentum": 0.9}})
   config.opt.mechanic = ConfigDict({"base": "adamw", "s_init": 1e-6})
   config.opt.sam = ConfigDict({"base": "sgd", "rho": 0.05})
+  config.opt.prodigy = ConfigDict({"beta1": 0.9})
   config.opt.adamw = ConfigDict({"b1": 0.9, "eps": 1e-8})
   config.optimizer = "adamw"
   return config
@@ -206,6 +207,11 @@ def _run(capsys, *argv, config="configs/job.py", workdir="out"):
       "--config.optimizer=mechanic --config.opt.sam.rho=0.1",
       "--config.opt.sam.rho has no effect on mechanic over adamw; leave it "
       "out, or type --config.optimizer=sam",
+    ),
+    (  # Mechanic refuses it.
+      "--config.optimizer=mechanic --config.opt.prodigy.beta1=0.8",
+      "--config.opt.prodigy.beta1 has no effect on mechanic over adamw; leave "
+      "it out, or type --config.optimizer=prodigy",
     ),
     (
       "--config.schedule=constant",

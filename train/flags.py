@@ -11,6 +11,7 @@ import inspect
 import secrets
 import shlex
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
-from flax_mechanic.methods.registry import methods
 
 _EXAMPLES = {
   "config": "--config=configs/digits.py",
@@ -279,13 +279,24 @@ def _check_used(config: ConfigDict, flags: Sequence[str]) -> None:
   used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
   for flag, name in given:
     if name not in used:
-      bases = [base for base, row in methods().items() if not row.wraps]
-      takes = used[1:] and name in bases
-      field = f"opt.{used[-2]}.base" if takes else "optimizer"
       raise UsageError(
         f"--{flag} has no effect on {' over '.join(used)}; leave it out, or "
-        f"type --config.{field}={name}"
+        f"type --config.{_where_used(config, used, name)}={name}"
       )
+
+
+def _where_used(config: ConfigDict, used: Sequence[str], name: str) -> str:
+  """Returns the field that puts an optimizer to use: a base's, if it fits."""
+  if len(used) == 1:
+    return "optimizer"
+  wrapper = used[-2]
+  other_base = {**config.opt[wrapper], "base": name}
+  try:
+    with warnings.catch_warnings(action="ignore"):
+      stack.resolve(config.optimizer, {**config.opt, wrapper: other_base})
+  except UsageError:
+    return "optimizer"
+  return f"opt.{wrapper}.base"
 
 
 def _processes(given: dict[str, str]) -> Processes | None:

@@ -255,6 +255,7 @@ _VARIANTS = {
           ("rho=0.1", "relative_s_init=0.1"),
           ("decay=0.01", "weight_decay=0.01"),
           ("mean_decay=False", "mean_decay=False"),
+          ("follow_schedule=False", "follow_schedule=False"),
         )
       ),
     ),

@@ -44,6 +44,7 @@ def test_every_option_is_the_method_s_own_default():
     "relative_s_init": 0.01,
     "groups": ".*",
     "mean_decay": True,
+    "follow_schedule": True,
   }
   config.opt.adamw.mu_dtype = "bfloat16"
   state = flax_mechanic.make_optimizer(config).init(network.params())
@@ -648,7 +649,7 @@ def test_scalars_read_what_was_learned():
   _, state, _ = network.train(flax_mechanic.make_optimizer(config, shape), 20)
   found = flax_mechanic.scalars(state)
   # A scale a leaf, and their mean.
-  scale = float(jnp.mean(jnp.sum(optax.tree.get(state, "s"), -1)))
+  scale = float(jnp.mean(optax.tree.get(state, "scale")))
   np.testing.assert_allclose(found["mechanic/scale"], scale, rtol=1e-6)
   # Ten updates of two batches; the tenth used the schedule's value at 9.
   np.testing.assert_allclose(

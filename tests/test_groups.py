@@ -35,11 +35,21 @@ gradient_of = jax.jit(jax.grad(network.loss))
 
 
 def numpy_run(
-  base, members, steps, rho, mean_decay, lam, eps, s_init=1e-6, n=6
+  base,
+  members,
+  steps,
+  rho,
+  mean_decay,
+  lam,
+  eps,
+  s_init=1e-6,
+  n=6,
+  gain=lambda t: 1.0,
 ):
   """Algorithm 1 as optax has it, once a group, in float64.
 
-  Returns the leaves, and each group's S.
+  `gain(t)` is how far S goes towards the sum of s. Returns the leaves, and each
+  group's S.
   """
   beta = 1 - 10.0 ** -np.arange(1, n + 1)
   params = network.params(jnp.float64)
@@ -50,6 +60,7 @@ def numpy_run(
   count = max(members) + 1
   m, v, r = np.zeros((3, count, n))
   s = np.full((count, n), s_init)
+  scale = s.sum(1)
   start = np.full(count, np.inf if rho else s_init)
   norms = [[] for _ in range(count)]
   for t in range(steps):
@@ -62,7 +73,7 @@ def numpy_run(
       flat = lambda tree, leaves=leaves: np.concatenate(
         [np.ravel(tree[k]) for k in leaves]
       )
-      S = sum(s[i])
+      S = scale[i]
       shrink = S / (S + eps)
       for k in leaves:
         delta[k] = shrink * delta[k]
@@ -85,10 +96,11 @@ def numpy_run(
       s[i] = wealth / (np.sqrt(v[i]) + eps)
       if rho and sum(s[i]) < first:
         s[i] *= first / sum(s[i])
+      scale[i] += gain(t) * (sum(s[i]) - scale[i])
       for k in leaves:
         delta[k] = delta[k] + u[k]
-        x[k] = x0[k] + sum(s[i]) * delta[k]
-  return x, s.sum(1)
+        x[k] = x0[k] + scale[i] * delta[k]
+  return x, scale
 
 
 @pytest.mark.parametrize(

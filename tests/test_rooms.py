@@ -22,6 +22,7 @@ ROOMS = (
   "flax_mechanic.mechanic.sums",
   "flax_mechanic.mechanic.sizes",
   "flax_mechanic.mechanic.held",
+  "flax_mechanic.mechanic.gain",
   "flax_mechanic.mechanic.last",
   "flax_mechanic.mechanic.transform",
   "flax_mechanic.mechanic",

@@ -11,7 +11,7 @@ import optax
 from optax.schedules import InjectStatefulHyperparamsState
 
 # The states of schedules, which follow the steps of the job.
-_SCHEDULES = (optax.ScaleByScheduleState, InjectStatefulHyperparamsState)
+SCHEDULES = (optax.ScaleByScheduleState, InjectStatefulHyperparamsState)
 
 
 class Restart(NamedTuple):
@@ -127,7 +127,7 @@ def _of_schedules(state: optax.OptState) -> Any:
   """Returns a tree like `state`: whether a leaf belongs to a schedule."""
 
   def of_node(node: Any) -> Any:
-    if not isinstance(node, _SCHEDULES):
+    if not isinstance(node, SCHEDULES):
       return False
     flags = jax.tree.map(lambda _: True, node)
     if isinstance(node, InjectStatefulHyperparamsState):
@@ -135,5 +135,5 @@ def _of_schedules(state: optax.OptState) -> Any:
     return flags
 
   return jax.tree.map(
-    of_node, state, is_leaf=lambda node: isinstance(node, _SCHEDULES)
+    of_node, state, is_leaf=lambda node: isinstance(node, SCHEDULES)
   )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from flax_mechanic.extra_args import accepted
-from flax_mechanic.mechanic import initial_scale, offset, sizes
+from flax_mechanic.mechanic import gain, initial_scale, offset, sizes
 from flax_mechanic.mechanic.boxes import without_empty_boxes
 from flax_mechanic.mechanic.groups import Groups
 from flax_mechanic.mechanic.held import Restart, held_update
@@ -51,8 +51,8 @@ class MechanicState(NamedTuple):
       is then recovered from x and x0.
     sizes: what is known about the gradients' sizes, of the whole and of each
       group, by which bad ones are told.
-    scale: S as the parameters have it, x = x0 + scale Delta, scalar; the sum of
-      s to rounding.
+    scale: S as the parameters have it, x = x0 + scale Delta, scalar; without
+      `schedule` the sum of s.
     initial_scale: what `relative_s_init` measured, scalar; 0 until the base has
       moved the parameters measurably.
     mean_norm: mean of the gradient's norm over all gradients since the first
@@ -100,6 +100,7 @@ def mechanize(
   relative_s_init: jax.typing.ArrayLike | None = None,
   groups: str | Callable[[str], Hashable] = "",
   mean_decay: bool = False,
+  schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Learns the scale of `base_optimizer`'s updates, that is its learning rate.
 
@@ -171,6 +172,10 @@ def mechanize(
       on data that is memorized, it keeps the scale from growing forever: the
       held-out loss of the sweep's memorizing jobs is 1.59 times as high without
       it.
+    schedule: the base's. If it is given, S goes only a part of the way to the
+      sum of s, the present learning rate over the largest so far. Otherwise
+      (S_{t+1} - S_t) Delta_t moves the parameters at the end of a run as much
+      as before, when the base's own updates have vanished.
 
   Returns:
     A transformation whose state is a `MechanicState`. Its `init` takes
@@ -179,8 +184,8 @@ def mechanize(
     passes other arguments on to the base.
 
   Raises:
-    ValueError: an unknown variant or a value out of range; by `update`, if
-      `params` is not given.
+    ValueError: an unknown variant or a value out of range; by `init`, a
+      `schedule` and a base without one; by `update`, if `params` is not given.
     UsageError: by `update`, if another transformation follows in an
       `optax.chain`.
 
@@ -208,6 +213,7 @@ def mechanize(
     x0_dtype=x0_dtype,
     groups=groups,
     mean_decay=mean_decay,
+    schedule=schedule,
   )
   return without_empty_boxes(
     optax.GradientTransformationExtraArgs(mechanic.init, mechanic.update)
@@ -245,6 +251,7 @@ class _Mechanic:
   x0_dtype: jax.typing.DTypeLike | None
   groups: str | Callable[[str], Hashable]
   mean_decay: bool
+  schedule: optax.Schedule | None
 
   def init(self, params: optax.Params) -> MechanicState:
     if is_abstract(params):
@@ -253,8 +260,11 @@ class _Mechanic:
     shape = Groups.of(self.groups, params).shape
     x0, delta = offset.init(params, self.x0_dtype, dtype)
     wide = jax.tree.map(lambda x: widen(x, dtype), params)
+    base_state = self.base.init(wide)
+    if self.schedule is not None:
+      gain.check(base_state)
     return MechanicState(
-      self.base.init(wide),
+      base_state,
       x0=x0,
       delta=delta,
       sizes=sizes.init(math.prod(shape), dtype),
@@ -346,7 +356,7 @@ class _Mechanic:
         verdict.restart,
         # What the base remembers of gradients of another size misleads it.
         verdict.restart | verdict.lasting,
-        jnp.sum(tuned.s, -1),
+        self._scale(tuned, state),
       )
     )
     new = {
@@ -363,6 +373,15 @@ class _Mechanic:
       for name, value in new.items()
     }
     return _Learned(ok, restart, forget, S, fields | {"sizes": known})
+
+  def _scale(self, tuned: TunerState, state: MechanicState) -> jax.Array:
+    """Returns S_{t+1}: the sum of s_{t+1}, or a part of the way to it."""
+    total = jnp.sum(tuned.s, -1)
+    if self.schedule is None:
+      return total
+    fraction = gain.of(self.schedule, state.base_optimizer_state)
+    fraction = fraction.astype(total.dtype)
+    return (1 - fraction) * state.scale + fraction * total
 
   def _start(
     self, shape: tuple[int, ...], dtype: jnp.dtype

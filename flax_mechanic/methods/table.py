@@ -20,8 +20,18 @@ _POSITIONS = (
 )
 
 
+def _mechanic(base, learning_rate, follow_schedule, **options):
+  schedule = learning_rate if follow_schedule else None
+  return mechanize(base, schedule=schedule, **options)
+
+
 def _register_mechanic(
-  name: str, *, summary: str, advice: str, **defaults: Any
+  name: str,
+  *,
+  summary: str,
+  advice: str,
+  follow_schedule: bool = False,
+  **defaults: Any,
 ):
   options: dict[str, Any] = {
     "betas": tuple,
@@ -30,10 +40,11 @@ def _register_mechanic(
   }
   return register(
     name,
-    lambda base, learning_rate, **options: mechanize(base, **options),
+    _mechanic,
     options={
       "base": "adamw",
       "learning_rate": 1.0,
+      "follow_schedule": follow_schedule,
       **default_options(mechanize, **options | defaults),
     },
     tuned=False,
@@ -70,6 +81,7 @@ _register_mechanic(
   mean_decay=True,
   eps=1e-20,
   groups=".*",
+  follow_schedule=True,
   summary="learns the learning rate of any tuned optimizer",
   advice="start here",
 )

@@ -1,0 +1,148 @@
+"""S follows the schedule: it stands still where the base does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+import flax_mechanic
+from flax_mechanic import make_schedule, mechanize
+from flax_mechanic.mechanic import gain
+from tests import network
+from tests.test_groups import FLAG, numpy_run
+
+SCHEDULES = {
+  "rises and falls": optax.join_schedules(
+    [
+      optax.linear_schedule(0.0, 1.0, 10),
+      optax.cosine_decay_schedule(1.0, 40, alpha=0.1),
+    ],
+    [10],
+  ),
+  "drops": optax.piecewise_constant_schedule(1.0, {20: 0.1, 40: 0.1}),
+}
+
+
+def exact_gain(schedule, t):
+  rates = [float(schedule(i)) for i in range(t + 1)]
+  return rates[t] / max(rates) if max(rates) else 1.0
+
+
+def by_flag(name="mechanic", schedule=None, **options):
+  config = flax_mechanic.add_optimizer_config(ConfigDict(), name)
+  config.opt[name].update(options)
+  return flax_mechanic.make_optimizer(config, schedule)
+
+
+@pytest.mark.parametrize("peak", [1.0, 3e-4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_equals_numpy(name, peak):
+  schedule = lambda count: peak * SCHEDULES[name](count)
+  options = {"weight_decay": 1e-3, "eps": 1e-20}
+  with jax.enable_x64(True):
+    tx = mechanize(
+      optax.adam(schedule),
+      groups=".*",
+      relative_s_init=0.01,
+      mean_decay=True,
+      spike_factor=0.0,
+      schedule=schedule,
+      **options,
+    )
+    x, state, _ = network.train(tx, 60, jnp.float64)
+    leaves, S = numpy_run(
+      optax.adam(schedule),
+      [0, 1, 2],
+      60,
+      0.01,
+      True,
+      *options.values(),
+      gain=functools.partial(exact_gain, schedule),
+    )
+  for ours, theirs in zip(jax.tree.leaves(x), leaves, strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-8)
+  np.testing.assert_allclose(state.scale, S, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [50, 200_000])
+@pytest.mark.parametrize(
+  "name", ["warmup_cosine", "warmup_stable_decay", "rsqrt"]
+)
+def test_finds_the_peak_of_any_schedule(name, num_steps):
+  schedule = make_schedule(name, num_steps, num_steps // 7)
+  counts = np.arange(0, num_steps * 2, max(1, num_steps // 500))
+  rates = np.asarray(jax.vmap(schedule)(counts))
+  exact = rates / np.maximum(np.maximum.accumulate(rates), 1e-30)
+  exact[rates.cumsum() == 0] = 1.0
+  at = lambda count: gain.of(schedule, optax.ScaleByScheduleState(count))
+  found = jax.jit(jax.vmap(at))(counts)
+  np.testing.assert_allclose(found, exact, atol=0.03)
+
+
+def test_stands_still_after_the_end():
+  schedule = make_schedule("warmup_linear", 20, 2)
+  tx = by_flag(schedule=schedule)
+  short, at_the_end, _ = network.train(tx, 20)
+  long, after_it, _ = network.train(tx, 40)
+  scale = lambda state: flax_mechanic.scalars(state)["mechanic/scale"]
+  assert scale(at_the_end) == scale(after_it) > 0
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), short, long
+  )
+
+
+def test_is_the_flag_s_alone():
+  schedule = make_schedule("warmup_linear", 40, 4)
+  run = lambda tx: network.train(tx, 40)[0]
+  same = lambda x, y: all(
+    jax.tree.leaves(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), x, y))
+  )
+  ours = run(by_flag(schedule=schedule))
+  assert not same(ours, run(by_flag(schedule=schedule, follow_schedule=False)))
+  plain = by_flag("mechanize", schedule)
+  assert same(run(plain), run(mechanize(optax.adamw(schedule))))
+
+
+def test_skipped_gradients_do_not_delay_it():
+  schedule = make_schedule("warmup_cosine", 40, 4)
+  tx = by_flag(schedule=schedule)
+
+  @jax.jit
+  def step(params, state, factor, *batch):
+    gradient = jax.grad(network.loss)(params, *batch)
+    gradient = jax.tree.map(lambda g: g * factor, gradient)
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params = network.params()
+  state, scales = tx.init(params), []
+  for t in range(50):
+    factor = jnp.nan if 10 <= t < 25 else 1.0
+    params, state = step(params, state, factor, *network.batch(t))
+    found = flax_mechanic.scalars(state)
+    scales.append(float(found["mechanic/scale"]))
+  assert found["skipped"] == 15
+  assert scales[30] != scales[35]
+  assert len(set(scales[40:])) == 1
+
+
+def test_wants_the_base_s_schedule():
+  with pytest.raises(ValueError, match=r"give it to both"):
+    mechanize(
+      optax.sgd(1.0), schedule=optax.cosine_decay_schedule(1.0, 9)
+    ).init(jnp.ones(2))
+
+
+def test_options_are_the_flag_s():
+  schedule = make_schedule("warmup_cosine", 40, 4)
+  ours = network.train(by_flag(schedule=schedule), 20)[0]
+  tx = mechanize(optax.adamw(schedule), **FLAG, groups=".*", schedule=schedule)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4),
+    ours,
+    network.train(tx, 20)[0],
+  )

@@ -88,6 +88,11 @@ def test_finds_the_peak_of_any_schedule(name, num_steps):
   np.testing.assert_allclose(found, exact, atol=0.03)
 
 
+def test_a_rate_below_0_is_0():
+  state = optax.ScaleByScheduleState(jnp.int32(20))
+  assert gain.of(optax.linear_schedule(1.0, -1.0, 20), state) == 0
+
+
 def test_stands_still_after_the_end():
   schedule = make_schedule("warmup_linear", 20, 2)
   tx = by_flag(schedule=schedule)

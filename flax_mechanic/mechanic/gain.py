@@ -26,7 +26,7 @@ def of(schedule: optax.Schedule, base_state: optax.OptState) -> jax.Array:
   # The schedule of constants: XLA computes it when it compiles.
   before = jnp.where(count >= _COUNTS, jax.vmap(schedule)(_COUNTS), 0.0)
   peak = jnp.maximum(jnp.max(before), rate)
-  return jnp.where(peak > 0, rate / peak, 1.0)
+  return jnp.where(peak > 0, jnp.maximum(rate / peak, 0.0), 1.0)
 
 
 def check(base_state: optax.OptState) -> None:

@@ -105,8 +105,9 @@ class _Learning(Runs):
       parameter_path(path): leaf
       for path, leaf in jax.tree_util.tree_leaves_with_path(state["optimizer"])
     }
-    (s,) = (leaf for name, leaf in named.items() if name.split("/")[-1] == "s")
-    self.scales = np.asarray(s, np.float64).sum(-1)
+    # Parameters are called "scale" too, but Mechanic's alone is beside an s.
+    (s,) = (name for name in named if name.split("/")[-1] == "s")
+    self.scales = np.asarray(named[s.removesuffix("s") + "scale"], np.float64)
     return super()._splits(state)
 
 

@@ -44,7 +44,8 @@ class MechanicState(NamedTuple):
     r: reward of each beta, [num_betas].
     m: running maximum of |h| for each beta, [num_betas].
     v: running sum of h^2 for each beta, [num_betas].
-    s: learned scale of each beta, [num_betas]; S is their sum.
+    s: learned scale of each beta, [num_betas]; S is their sum, or with
+      `schedule` on its way to it.
     x0: the reference point, a tree like the parameters.
     delta: Delta in float32, a tree like the parameters; a leaf is
       `optax.MaskedNode()` where the parameter is float32 or wider, since Delta

@@ -330,17 +330,21 @@ def run_with(tx, bad_steps, steps=300):
     The losses and the states after each step.
   """
   gradient = jax.jit(jax.value_and_grad(network.loss))
-  update = jax.jit(tx.update)
+
+  @jax.jit
+  def update(grads, state, x):
+    updates, state = tx.update(grads, state, x)
+    return optax.apply_updates(x, updates), state
+
   x = network.params()
   state = tx.init(x)
   losses, states = [], []
   for i in range(steps):
     value, grads = gradient(x, *network.batch(i))
     grads = bad_steps.get(i, lambda grads: grads)(grads)
-    updates, state = update(grads, state, x)
-    x = optax.apply_updates(x, updates)
-    losses.append(float(value))
-    states.append(jax.device_get((x, state)))
+    x, state = update(grads, state, x)
+    losses.append(value)
+    states.append((x, state))
   return np.asarray(losses), states
 
 

@@ -125,7 +125,7 @@ def test_processes_train_save_and_resume_as_one(tmp_path):
   measured = metrics(together)
   newest = together / "checkpoints" / "8"
   for each in newest.rglob("ocdbt.process_1/d/*"):
-    os.truncate(each, each.stat().st_size // 2)
+    os.truncate(each, 0)  # Of a half, all that is read can be left.
   # As many processes go on, and then a single one.
   output, _ = run(together, 2, 4, *job)
   assert "resuming" in output

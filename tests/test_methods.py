@@ -358,17 +358,17 @@ _ZEROS = [
 )
 def test_a_first_update_of_nothing_is_safe(name, zero):
   step = row_step(name)
-  first = jnp.float32(zero != "rate")
+  first = np.float32(zero != "rate")
   x = network.params()
   state, losses = row(name).init(x), []
   for i in range(200):
-    factor = jnp.float32(i > 0 or zero != "gradient")
+    factor = np.float32(i > 0 or zero != "gradient")
     x, state, loss = step(x, state, first, factor, *network.batch(i))
     if i == 0:
       assert_finite(x, state)
-    losses.append(float(loss))
+    losses.append(loss)
   assert_finite(x, state)
-  assert np.mean(losses[-10:]) < 0.8 * losses[0]
+  assert sum(losses[-10:]) / 10 < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("name", KINDS)

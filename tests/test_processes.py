@@ -192,27 +192,33 @@ def stopped_at(workdir, output):
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_one_step(tmp_path):
-  """And the next one a lone process, which goes on from there."""
   # A shell's background jobs ignore it, and so would what they start.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-  started = start_endless(stopped, 2)
-  started[1].send_signal(signal.SIGINT)
-  statuses, ((output, _), _) = finish(started)
-  assert statuses == [0, 0]
-  step = stopped_at(stopped, output)
-
-  (lone,) = start_endless(stopped, 1)
-  lone.send_signal(signal.SIGTERM)
-  (status,), ((output, _),) = finish([lone])
-  assert status == 0
-  assert f"at step {step}" in output
-  more = f"--config.num_steps={stopped_at(stopped, output)}"
-  run_alone(whole, *DIGITS, "--config.log_every=1", more)
+  step = 0
+  for number in (signal.SIGTERM, signal.SIGINT):
+    started = start_endless(stopped, 2)
+    started[1].send_signal(number)
+    statuses, ((output, _), _) = finish(started)
+    assert statuses == [0, 0]
+    if step:
+      assert f"at step {step}" in output
+    step = stopped_at(stopped, output)
+  more = f"--config.num_steps={step}"
+  run(whole, 2, 2, *DIGITS, "--config.log_every=1", more)
   trained = lambda workdir: [
     line for line in metrics(workdir) if "train/loss" in line
   ]
-  assert_same_run(trained(stopped), trained(whole))
+  assert trained(stopped) == trained(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_lone_process(tmp_path):
+  started = start_endless(tmp_path, 1)
+  started[0].send_signal(signal.SIGTERM)
+  (status,), ((output, _),) = finish(started)
+  assert status == 0
+  stopped_at(tmp_path, output)
 
 
 @pytest.mark.slow

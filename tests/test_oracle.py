@@ -40,6 +40,20 @@ def test_one_rate_for_all_leaves_is_the_learning_rate(unit):
 
 
 @pytest.mark.slow
+def test_a_frozen_leaf_has_no_rate(unit):
+  frozen = {"freeze": ("hidden/0/bias",)}
+  learning = make(oracle._Learning, unit, **frozen)
+  list(learning.train([(1.0, 0)], 10, 10, 10))
+  assert learning.scales.shape == (1, 3)
+  rates = np.array([[0.1, 0.01]])
+  base = frozen | {"optimizer": "adamw"}
+  wanted = oracle._train(unit, make(Runs, unit, **base), 10, rates)
+  by_leaf = make(oracle._ByLeaf, unit, **base)
+  found = oracle._train(unit, by_leaf, 10, np.stack([rates] * 3, -1))
+  np.testing.assert_allclose(found.reported, wanted.reported, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_the_scales_are_those_that_mechanic_ends_with(unit):
   runs = make(oracle._Learning, unit)
   *_, ((row, _)) = runs.train([(1.0, 0), (1.0, 1)], 10, 10, 10)

@@ -32,7 +32,7 @@ import optax
 from matplotlib.figure import Figure
 
 from flax_mechanic.errors import UsageError
-from flax_mechanic.paths import parameter_path
+from flax_mechanic.paths import matching, parameter_path
 from train import files
 from train.sweep import comparison, figures, plan
 from train.sweep.runs import Runs, make_tasks
@@ -112,7 +112,7 @@ class _Learning(Runs):
 
 
 class _ByLeaf(Runs):
-  """Runs with a learning rate for each leaf."""
+  """Runs with a learning rate for each leaf that is trained."""
 
   def _optimizer(
     self, rate: jax.typing.ArrayLike, shape: jax.Array
@@ -122,8 +122,11 @@ class _ByLeaf(Runs):
     def update(updates, state, params=None, **extra_args):
       updates, state = base.update(updates, state, params, **extra_args)
       leaves, tree = jax.tree.flatten(updates)
+      frozen = jax.tree.leaves(matching(self._config.freeze, updates))
+      trained = [i for i, still in enumerate(frozen) if not still]
       rates = jnp.unstack(jnp.asarray(rate))
-      leaves = [r * leaf for r, leaf in zip(rates, leaves, strict=True)]
+      for i, each in zip(trained, rates, strict=True):
+        leaves[i] *= each
       return tree.unflatten(leaves), state
 
     return optax.GradientTransformationExtraArgs(base.init, update)

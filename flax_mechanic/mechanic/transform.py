@@ -160,7 +160,7 @@ def mechanize(
       in units of it (1e-4 is good), which makes the base's learning rate
       irrelevant. It saves the steps in which s grows from 1e-6: without it the
       loss on the sweep's jobs is 1.10 times as high. 0.01 is good; 0.003 to
-      0.03 are nearly the same.
+      0.03 are nearly the same there, but fine-tuning with 0.03 can fail.
     groups: which leaves share a scale. Each group has its own tuner, which sees
       a problem in its own variable, S_group, and keeps the algorithm's
       guarantee for it. A regular expression, searched in a leaf's path: leaves

@@ -293,9 +293,10 @@ def _row(found: Found) -> list[str]:
 
 def _draw(found: Sequence[Found]) -> Figure:
   """Draws the losses over multiples of the learned scales, a panel a case."""
-  rows = math.ceil(len(found) / _COLUMNS)
-  figure = Figure((4 * _COLUMNS, 3 * rows), layout="constrained")
-  panels = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+  columns = min(_COLUMNS, len(found))
+  rows = math.ceil(len(found) / columns)
+  figure = Figure((4 * columns, 3 * rows), layout="constrained")
+  panels = list(figure.subplots(rows, columns, squeeze=False).flat)
   for axes, each in zip(panels, found, strict=False):
     over = lambda losses, of=each: losses.reported.mean(1) / of.tuned.of_best
     axes.plot(_MULTIPLES, over(each.multiples), "o-", label="learned scales")

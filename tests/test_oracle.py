@@ -26,38 +26,33 @@ def make(kind, unit, **fields):
   return kind(config, make_tasks(config, 2), 10)
 
 
+# A frozen leaf has neither a scale nor a rate.
+FROZEN = pytest.mark.parametrize("frozen", [(), ("hidden/0/bias",)])
+
+
 @pytest.mark.slow
-def test_one_rate_for_all_leaves_is_the_learning_rate(unit):
+@FROZEN
+def test_one_rate_for_all_leaves_is_the_learning_rate(unit, frozen):
   rates = np.array([[0.1, 0.1], [0.01, 0.01]])
-  wanted = oracle._train(unit, make(Runs, unit, optimizer="adamw"), 10, rates)
-  by_leaf = make(oracle._ByLeaf, unit, optimizer="adamw")
-  each = np.stack([rates] * 4, -1)
+  base = {"optimizer": "adamw", "freeze": frozen}
+  wanted = oracle._train(unit, make(Runs, unit, **base), 10, rates)
+  by_leaf = make(oracle._ByLeaf, unit, **base)
+  leaves = 4 - len(frozen)
+  each = np.stack([rates] * leaves, -1)
   found = oracle._train(unit, by_leaf, 10, each)
   np.testing.assert_allclose(found.reported, wanted.reported, rtol=1e-4)
   # A leaf that has no rate is not trained.
-  other = oracle._train(unit, by_leaf, 10, each * [1.0, 1.0, 1.0, 0.0])
+  last = np.arange(leaves) == leaves - 1
+  other = oracle._train(unit, by_leaf, 10, np.where(last, 0.0, each))
   assert np.all(other.reported > found.reported + 1e-3)
 
 
 @pytest.mark.slow
-def test_a_frozen_leaf_has_no_rate(unit):
-  frozen = {"freeze": ("hidden/0/bias",)}
-  learning = make(oracle._Learning, unit, **frozen)
-  list(learning.train([(1.0, 0)], 10, 10, 10))
-  assert learning.scales.shape == (1, 3)
-  rates = np.array([[0.1, 0.01]])
-  base = frozen | {"optimizer": "adamw"}
-  wanted = oracle._train(unit, make(Runs, unit, **base), 10, rates)
-  by_leaf = make(oracle._ByLeaf, unit, **base)
-  found = oracle._train(unit, by_leaf, 10, np.stack([rates] * 3, -1))
-  np.testing.assert_allclose(found.reported, wanted.reported, rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_scales_are_those_that_mechanic_ends_with(unit):
-  runs = make(oracle._Learning, unit)
+@FROZEN
+def test_the_scales_are_those_that_mechanic_ends_with(unit, frozen):
+  runs = make(oracle._Learning, unit, freeze=frozen)
   *_, ((row, _)) = runs.train([(1.0, 0), (1.0, 1)], 10, 10, 10)
-  assert runs.scales.shape == (2, 4)
+  assert runs.scales.shape == (2, 4 - len(frozen))
   mean = runs.scales[0].mean()
   np.testing.assert_allclose(mean, row["mechanic/scale"], rtol=1e-5)
 

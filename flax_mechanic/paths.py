@@ -32,7 +32,8 @@ def parameter_of(
   """Returns the parameter that a leaf of an optimizer's state belongs to.
 
   That is the parameter of its shape with the longest path inside the leaf's own
-  path, or None.
+  path, or None; of two of one length, the one nearest to the leaf, since what
+  is before it may be optax's names.
 
   Args:
     path: of the leaf of the state.
@@ -40,8 +41,9 @@ def parameter_of(
     parameters: path -> anything with the parameter's shape.
   """
   names = leaf_path(path).split("/")
-  for length in range(len(names), 0, -1):
-    for start in range(len(names) - length + 1):
+  # A tree that is one array has the empty path.
+  for length in range(len(names), -1, -1):
+    for start in reversed(range(len(names) - length + 1)):
       found = parameters.get("/".join(names[start : start + length]))
       if found is not None and found.shape == shape:
         return found

@@ -2,6 +2,8 @@
 
 import jax
 import jax.numpy as jnp
+import optax
+import pytest
 
 from flax_mechanic.paths import parameter_of
 
@@ -18,3 +20,27 @@ def test_a_leaf_of_a_state_belongs_to_the_longest_path_in_its_own():
   }
   assert found["['mu']['head']['kernel']"] is parameters["head/kernel"]
   assert found["['nu']"] is None
+
+
+@pytest.mark.parametrize(
+  "params",
+  [
+    [2.0, 3.0],
+    {"mu": 2.0, "rho": 3.0, "count": 4.0},
+    [(2.0, 3.0), (4.0, 5.0)],
+    2.0,
+  ],
+  ids=["a list", "optax's own names", "pairs", "one array"],
+)
+def test_what_optax_calls_its_own_is_no_parameter(params):
+  params = jax.tree.map(lambda value: jnp.full((4, 4), value), params)
+  tx = optax.chain(optax.trace(0.9), optax.adam(1.0))
+  parameters = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  # A state that holds the parameters in place of their moments.
+  state = optax.tree.map_params(tx, lambda _, x: x, tx.init(params), params)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    found = parameter_of(path, leaf.shape, parameters)
+    assert found is (leaf if leaf.shape else None)

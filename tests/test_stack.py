@@ -13,6 +13,7 @@ from optax import contrib
 
 import flax_mechanic
 from flax_mechanic import TrainState, UsageError
+from flax_mechanic.methods import repairs
 from tests import network
 from tests.by_hand import (
   AGGREGATE,
@@ -360,3 +361,23 @@ def test_a_bad_batch_costs_its_accumulation_only():
 def test_patterns_that_are_no_text_are_named():
   with pytest.raises(UsageError, match=r"config\.freeze=0 must be a text"):
     build("adamw", freeze=(0,))
+
+
+def test_a_norm_beyond_float16_is_clipped():
+  grads = {"kernel": jnp.full(100, 200.0, jnp.float16)}
+  clipped, _ = repairs.clip_by_global_norm(1.0).update(
+    grads, optax.EmptyState()
+  )
+  assert clipped["kernel"].dtype == jnp.float16
+  np.testing.assert_allclose(clipped["kernel"], 0.1, rtol=1e-3)
+  # Once this fails, `repairs.clip_by_global_norm` can go.
+  clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+  assert not np.any(clipped["kernel"])
+
+
+def test_gradients_of_float16_are_clipped_by_the_flag():
+  tx = build("sgd", grad_clip=1.0, **under("sgd", momentum=None))
+  params = {"kernel": jnp.zeros(100, jnp.float16)}
+  grads = jax.tree.map(lambda x: x + 200, params)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  np.testing.assert_allclose(updates["kernel"], -0.1 * RATE, rtol=1e-3)

@@ -16,6 +16,7 @@ from optax.tree_utils import _tree_math
 
 from flax_mechanic.extra_args import accepted
 from flax_mechanic.mechanic.held import held_update
+from flax_mechanic.mechanic.offset import widen
 from flax_mechanic.paths import parameter_of, parameter_path
 from flax_mechanic.placement import Shardings
 
@@ -54,6 +55,23 @@ def keep_dtypes(
     return updates, jax.tree.map(cast, new_state, state)
 
   return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """Returns optax's, which computes in float32 or wider.
+
+  It squares float16 in float16 (optax 0.2.8), where a norm above 256 is
+  infinite, and the clipped gradient 0.
+  """
+  clip = optax.clip_by_global_norm(max_norm)
+
+  def update(updates, state, params=None):
+    wide = jax.tree.map(lambda g: widen(g, jnp.float32), updates)
+    clipped, state = clip.update(wide, state, params)
+    narrow = lambda c, g: c.astype(jnp.result_type(g))
+    return jax.tree.map(narrow, clipped, updates), state
+
+  return optax.GradientTransformation(clip.init, update)
 
 
 def hand_on(

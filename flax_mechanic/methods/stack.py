@@ -223,7 +223,7 @@ def build(
     for row in reversed(below[:-1]):
       tx = _build_row(row, tx, schedule, **arguments[row.name])
     if grad_clip:
-      tx = optax.chain(optax.clip_by_global_norm(grad_clip), tx)
+      tx = optax.chain(repairs.clip_by_global_norm(grad_clip), tx)
     if guard and not any(row.unguarded for row in below):
       tx = guard_lib.guard(tx)
     if accumulate_steps > 1:

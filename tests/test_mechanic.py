@@ -592,3 +592,29 @@ def test_a_delta_that_is_kept_shrinks_like_one_that_is_recovered():
     updates, state = update({"w": jnp.full(4, g, jnp.bfloat16)}, state, x)
     x = optax.apply_updates(x, updates)
     np.testing.assert_allclose(state.delta["w"], delta, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", ["", ".*"])
+def test_ranks_need_no_promotion(groups):
+  tx = mechanize(optax.adamw(1.0), groups=groups, relative_s_init=0.01)
+  params = network.params()
+  with jax.numpy_rank_promotion("raise"):
+    state = jax.eval_shape(tx.init, params)
+    jax.eval_shape(tx.update, params, state, params)
+
+
+def test_parameters_may_be_numbers():
+  params = {"a": 1.0, "b": -2.0}
+  grad = jax.grad(lambda p: jnp.square(p["a"] - 3) + jnp.square(p["b"]))
+
+  def trained(tx):
+    x = params
+    state = tx.init(x)
+    for _ in range(20):
+      updates, state = tx.update(grad(x), state, x)
+      x = optax.apply_updates(x, updates)
+    return x
+
+  base = optax.adamw(1.0)
+  expected = trained(optax.contrib.mechanize(base))
+  assert relative_error(trained(mechanize(base)), expected) < 1e-4

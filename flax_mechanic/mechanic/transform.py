@@ -257,6 +257,7 @@ class _Mechanic:
   def init(self, params: optax.Params) -> MechanicState:
     if is_abstract(params):
       return jax.eval_shape(self.init, params)
+    params = jax.tree.map(jnp.asarray, params)  # Some may be Python's numbers.
     dtype = _tuner_dtype(params)
     shape = Groups.of(self.groups, params).shape
     x0, delta = offset.init(params, self.x0_dtype, dtype)
@@ -286,6 +287,7 @@ class _Mechanic:
         "mechanize needs params: tx.update(grads, state, params)"
       )
     refuse_what_follows()
+    params, updates = jax.tree.map(jnp.asarray, (params, updates))
     groups, dtype = Groups.of(self.groups, params), state.s.dtype
     x0 = offset.reference_point(state.count == 0, params, state.x0)
     offsets = self._offsets(params, x0, state, groups)

@@ -107,8 +107,9 @@ class Tuner(NamedTuple):
       s_init: the initial scale, of that shape or a scalar.
     """
     n, rule = len(self.betas), self.rule
-    beta = jnp.asarray(self.betas, h.dtype)
     h = h[..., None]
+    # Of as many axes, for jobs that have jax raise where it would add some.
+    beta = jnp.asarray(self.betas, h.dtype).reshape((1,) * (h.ndim - 1) + (n,))
     s_init = jnp.asarray(s_init, h.dtype)[..., None]
 
     # m_t = max(beta m_{t-1}, |h_t|)

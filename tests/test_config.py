@@ -318,6 +318,30 @@ def test_a_dataclass_is_a_config_too(opt):
   )
 
 
+@pytest.mark.parametrize(
+  ("name", "option", "default"),
+  [
+    ("adamw", "b1", 0.9),
+    ("mechanic", "weight_decay", 1e-4),
+    ("mechanic", "learning_rate", 1.0),
+    ("mechanic", "base", "adamw"),
+    ("mechanic", "betas", None),
+  ],
+)
+def test_an_option_that_is_none_has_its_default(name, option, default):
+  trained = lambda value: network.train(
+    flax_mechanic.make_optimizer(Config(name, opt={name: {option: value}})), 3
+  )
+  np.testing.assert_array_equal(trained(None)[2], trained(default)[2])
+
+
+def test_sgd_without_momentum_says_none():
+  tx = flax_mechanic.make_optimizer(
+    Config("sgd", opt={"sgd": {"momentum": None}})
+  )
+  assert not optax.tree.get_all_with_path(tx.init(network.params()), "trace")
+
+
 def test_a_dataclass_needs_but_the_optimizer():
   alone = dataclasses.make_dataclass("Alone", [("optimizer", str)], slots=True)
   config = make_config(optimizer="mechanic")
@@ -421,8 +445,8 @@ def test_a_dataclass_s_options_are_flags():
     ),
     (Config(opt={"adamw": 1.0}), r"config\.opt\.adamw=1\.0 must be a group"),
     (
-      Config("sam", opt={"sam": {"base": None}}),
-      r"config\.opt\.sam\.base=None is not an optimizer; it is one of",
+      Config("sam", opt={"sam": {"base": ""}}),
+      r"config\.opt\.sam\.base='' is not an optimizer; it is one of",
     ),
     (Config(opt="adamw"), r"config\.opt='adamw' must be a group"),
     (

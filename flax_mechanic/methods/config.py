@@ -1,6 +1,7 @@
 """The table of optimizers as fields of a job's config."""
 
 import dataclasses
+import inspect
 import math
 import numbers
 import re
@@ -380,9 +381,15 @@ def _options(
         f"{group}.{option} is not an option of {row.name}"
         + did_you_mean(option, row.options)
       )
+  # To some, such as sgd's momentum, None is a value of its own.
+  off = {
+    name
+    for name, parameter in inspect.signature(row.build).parameters.items()
+    if parameter.default is None
+  }
   return {
     option: _checked(values[option], default, f"{group}.{option}")
-    if option in values
+    if option in values and (values[option] is not None or option in off)
     else _default(default)
     for option, default in stack.defaults(row, own).items()
   }

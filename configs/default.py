@@ -43,8 +43,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint_keep = 3
   # Steps between checkpoints that are kept forever; 0 for none.
   config.checkpoint_keep_every = 0
-  # A metric, such as eval/loss: the checkpoint with its smallest value is kept.
-  # A minus sign keeps the largest value: -eval/accuracy.
+  # A metric, such as eval/loss: the checkpoint with its smallest value is kept,
+  # and each evaluation that is better is saved. A minus sign keeps the largest
+  # value: -eval/accuracy.
   config.checkpoint_best = ""
   # The run ends when so many gradients in a row were skipped, since they were
   # not finite or far larger than usual; 0 for never.

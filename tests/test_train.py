@@ -60,6 +60,23 @@ def test_the_last_step_is_saved_whatever_the_interval(tmp_path):
   assert steps == {6, 10}
 
 
+def test_an_evaluation_that_is_the_best_so_far_is_saved(tmp_path, monkeypatch):
+  losses = iter([0.5, 0.3, 0.4, 0.6, 0.35, 0.7])
+  evaluate = lambda job, state: {"eval/loss": next(losses)}
+  monkeypatch.setattr(loop, "_evaluate", evaluate)
+  fields = {"eval_every": 1, "checkpoint_every": 100, "checkpoint_keep": 9}
+  for num_steps, saved in ((4, [1, 2, 4]), (6, [1, 2, 4, 6])):
+    config = make_config(
+      num_steps=num_steps,
+      checkpoint_best="eval/loss",
+      schedule__warmup_steps=0,
+      **fields,
+    )
+    loop.train(config, tmp_path, Writer())
+    with Checkpointer(tmp_path / "checkpoints", read_only=True) as found:
+      assert found.steps() == saved
+
+
 def test_the_first_step_takes_the_first_batch(tmp_path):
   config = make_config(num_steps=1, log_every=1, schedule__warmup_steps=0)
   writer = Writer()

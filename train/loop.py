@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import textwrap
 import time
@@ -101,13 +102,14 @@ def train(
       clock = _Clock(start)
       skips = _Skips(state, config.max_skipped_in_a_row)
       evaluation = {}
+      best = _Best(config.checkpoint_best, checkpointer)
       for step, batch in zip(steps, batches, strict=True):
         state, metrics = job.train_step(state, batch)
         for text in skips.told(step, metrics):
           progress.print(text)
         stopped = stop.agreed(step)
         last = step == config.num_steps
-        news = {}
+        news, best_so_far = {}, False
         if last or step % config.log_every == 0:
           news = _floats(metrics)
           news["steps_per_second"] = clock.steps_per_second(step)
@@ -116,9 +118,11 @@ def train(
           evaluation = _evaluate(job, state)
           writer.write_scalars(step, evaluation)
           news |= evaluation
+          best_so_far = best.beaten_by(evaluation)
         if news:
           progress.update(step, news)
-        if last or stopped or step % config.checkpoint_every == 0:
+        due = step % config.checkpoint_every == 0
+        if last or stopped or due or best_so_far:
           # A run that resumes here keeps the lines so far.
           writer.flush()
           checkpointer.save(
@@ -244,6 +248,32 @@ def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:
 
 def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
   return {name: float(value) for name, value in metrics.items()}
+
+
+class _Best:
+  """Tells which evaluation is the best so far, to be saved at once."""
+
+  def __init__(self, best: str, checkpointer: flax_mechanic.Checkpointer):
+    """Reads the metrics of what is saved.
+
+    Args:
+      best: `config.checkpoint_best`.
+      checkpointer: of the run.
+    """
+    self._name = best.removeprefix("-")
+    self._sign = -1 if best.startswith("-") else 1
+    self._least = math.inf
+    for step in checkpointer.steps():
+      with contextlib.suppress(UsageError):
+        self.beaten_by(checkpointer.read(step)["metrics"])
+
+  def beaten_by(self, metrics: Mapping[str, float]) -> bool:
+    """Whether these are better than all before; a metric may be missing."""
+    value = self._sign * metrics.get(self._name, math.nan)
+    better = value < self._least
+    if better:
+      self._least = value
+    return better
 
 
 class _Skips:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -94,6 +95,27 @@ def test_only_the_newest_are_kept(tmp_path):
   with Checkpointer(tmp_path) as checkpointer:
     target = {"w": jax.ShapeDtypeStruct((2,), jnp.int32)}
     np.testing.assert_array_equal(checkpointer.restore(target).state["w"], 4)
+
+
+def test_home_is_where_other_commands_look_for_it(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with Checkpointer("~/run") as checkpointer:
+    assert checkpointer.directory == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "a\\b", "a**b"])
+def test_a_folder_that_is_a_pattern_is_refused(tmp_path, name):
+  with pytest.raises(UsageError, match="for a part of a pattern; take a folde"):
+    Checkpointer(tmp_path / name / "checkpoints")
+  assert not list(tmp_path.iterdir())
+
+
+def test_etils_takes_a_folder_for_a_pattern(tmp_path):
+  folder = tmp_path / "[a]"
+  folder.mkdir()
+  (folder / "file").touch()
+  # Once this fails, and Orbax saves there, `storage.check_name` can go.
+  assert not list(epath.Path(folder).glob("*"))
 
 
 def test_a_step_that_is_not_newer_is_refused(tmp_path):

@@ -40,6 +40,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   given, out = map(storage.path, arguments)
   if not storage.is_bucket(out):
     out = out.absolute()  # Orbax asks for it.
+    storage.check_name(out)
   if out.exists():
     raise UsageError(f"{out} exists already; name a new folder")
   if not (given / "checkpoints").is_dir():

@@ -97,7 +97,8 @@ class Checkpointer:
 
     Raises:
       UsageError: the directory cannot be written, another run is writing it, a
-        step in it is a link, or a file a pipe.
+        step in it is a link, a file a pipe, or Orbax would lose what it saves
+        there, as in a folder with a bracket in its path.
     """
     self._storage = storage(directory)
     self.directory = self._storage.directory

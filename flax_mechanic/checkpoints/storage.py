@@ -95,6 +95,20 @@ def path(given: str | os.PathLike[str]) -> Any:
   return epath.Path(f"{match[1]}://{text[match.end() :].rstrip('/')}")
 
 
+def check_name(folder: str | os.PathLike[str]) -> None:
+  """Raises a UsageError for a folder on a disk in which a step would be lost.
+
+  Orbax (0.12.8) looks for what its processes have saved by the glob of etils
+  (1.15), to which the folder's own name is a part of the pattern.
+  """
+  match = re.search(r"\[|\\|\*\*", os.path.abspath(path(folder)))
+  if match:
+    raise UsageError(
+      f"{os.fspath(folder)} cannot hold checkpoints: Orbax takes the "
+      f"{match[0]} in its path for a part of a pattern; take a folder without"
+    )
+
+
 def storage(directory: str | os.PathLike[str]) -> "Folder | Bucket":
   """Returns where checkpoints are: a folder, or a part of a bucket."""
   return (Bucket if is_bucket(directory) else Folder)(directory)
@@ -151,8 +165,13 @@ class Folder:
   """
 
   def __init__(self, directory: str | os.PathLike[str]):
-    """Names it."""
-    self.directory = os.path.abspath(directory)
+    """Names it.
+
+    Raises:
+      UsageError: see `check_name`.
+    """
+    check_name(directory)
+    self.directory = os.path.abspath(path(directory))
     self.path = Path(self.directory)
     self.options: Mapping[str, Any] = {"cleanup_tmp_directories": True}
 

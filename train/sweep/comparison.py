@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from train.sweep import random_search
+from train.sweep import plan, random_search
 from train.tables import format_table
 
 # The smallest training loss that counts, as a fraction of the initial one; at
@@ -46,7 +45,7 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     data["accuracy"] = 100 * both.where(memorized, data["test/accuracy"])
   else:
     data["accuracy"] = np.nan
-  data["job"] = data["job"].map(short)
+  data["job"] = data["job"].map(plan.short)
   start = data["loss"].where(data["step"] == 0)
   start = start.groupby([data[name] for name in _CASE]).transform("mean")
   data["floor"] = (FLOOR * start).where(memorized, 0.0)
@@ -303,10 +302,3 @@ def _cell(row: Any) -> str:
   if row.tuned:
     text += f" at {row.learning_rate:g}"
   return text
-
-
-def short(job: str) -> str:
-  """Returns a job's name in tables: configs/text.py:gru is text:gru."""
-  file, *fields = job.split()
-  name, colon, variant = file.partition(":")
-  return " ".join([Path(name).stem + colon + variant, *fields])

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import matching, parameter_path
 from train import files
-from train.sweep import comparison, figures, plan
+from train.sweep import figures, plan
 from train.sweep.runs import Runs, make_tasks
 from train.tables import format_table
 
@@ -154,7 +154,7 @@ def report(units: Sequence[plan.Unit], workdir: Any) -> Iterator[str]:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for each in pool.map(lambda case: analyze(*case), cases):
       found.append(each)
-      name = f"{comparison.short(each.job)}, {each.num_steps} steps"
+      name = f"{plan.short(each.job)}, {each.num_steps} steps"
       yield f"{len(found)} of {len(cases)}: {name}"
   table = format_table([_HEAD, *map(_row, found)])
   files.write(workdir / "oracle.md", f"{table}\n".encode())
@@ -279,7 +279,7 @@ def _row(found: Found) -> list[str]:
   seeds = found.mechanic.reported[0] / found.tuned.reported[found.tuned.best]
   at_one = found.multiples.reported[_MULTIPLES.index(1.0)].mean()
   return [
-    comparison.short(found.job),
+    plan.short(found.job),
     str(found.num_steps),
     over(found.mechanic.of_best),
     f"{seeds.min():.2f} to {seeds.max():.2f}",
@@ -308,7 +308,7 @@ def _draw(found: Sequence[Found]) -> Figure:
     ):
       level = losses.of_best / each.tuned.of_best
       axes.axhline(level, color="black", linestyle=style, label=name)
-    name = f"{comparison.short(each.job)}\n{each.num_steps} steps"
+    name = f"{plan.short(each.job)}\n{each.num_steps} steps"
     axes.set_title(name, fontsize="small")
     axes.set(xscale="log", yscale="log", xlim=(0.02, 30.0), ylim=(0.3, 5.0))
     axes.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])

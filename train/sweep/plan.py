@@ -5,7 +5,9 @@ import math
 import re
 import shlex
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -124,7 +126,26 @@ def make_units(config: ConfigDict) -> list[Unit]:
       """ --config.jobs="('configs/digits.py',)" """
       """--config.methods="('adamw','mechanic')\""""
     )
+  cells = [
+    (short(unit.job), num_steps, unit.method)
+    for unit in units
+    for num_steps in unit.sweep.num_steps
+  ]
+  for cell, times in Counter(cells).items():
+    if times > 1:
+      raise UsageError(
+        f"{cell[2]} is there {times} times on what tables call {cell[0]}; give "
+        "each method a label of its own, LABEL: FIELD=VALUE ..., and each "
+        "job's file a name of its own"
+      )
   return units
+
+
+def short(job: str) -> str:
+  """Returns a job's name in tables: configs/text.py:gru is text:gru."""
+  file, *fields = job.split()
+  name, colon, variant = file.partition(":")
+  return " ".join([Path(name).stem + colon + variant, *fields])
 
 
 def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
@@ -135,7 +156,7 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
     entry: the job's, in `config.jobs` or `config.interpolating`.
     method: in `config.methods`.
   """
-  file, *fields = shlex.split(entry)
+  file, *fields = _words(entry) or [""]
   of_job = [
     each
     for each in fields
@@ -145,7 +166,7 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
   flags.override(sweep, [_split(each) for each in fields if each not in of_job])
   _check(sweep)
   label, colon, text = method.partition(":")
-  settings = shlex.split(text) if colon else [f"optimizer={label}"]
+  settings = _words(text) if colon else [f"optimizer={label}"]
   settings = [*sweep.fields, *settings]
   job = flags.load_config(file)
   flags.override(job, [_split(each) for each in (*of_job, *settings)])
@@ -180,13 +201,28 @@ def _split(field: str) -> tuple[str, str]:
   return f"config.{name}", value
 
 
+def _words(text: str) -> list[str]:
+  """Returns a text's words, as a shell does."""
+  try:
+    return shlex.split(text)
+  except ValueError as error:
+    raise UsageError(f"{text!r} cannot be read: {error}") from None
+
+
 def _check(config: ConfigDict) -> None:
   for field in ("seeds", "evaluations"):
     if config[field] < 1:
       raise UsageError(f"config.{field}={config[field]} must be at least 1")
-  for field, example in (("num_steps", "(400,)"), ("factors", "(1.0,)")):
-    if not config[field] or min(config[field]) <= 0:
+  for field, kind, example in (
+    ("num_steps", int, "(400,)"),
+    ("factors", int | float, "(1.0,)"),
+    ("learning_rates", int | float, "(0.001,)"),
+  ):
+    values = config[field]
+    if not values or not all(
+      isinstance(value, kind) and 0 < value < math.inf for value in values
+    ):
       raise UsageError(
-        f"config.{field}={config[field]} must be numbers above 0; type"
+        f"config.{field}={values} must be numbers above 0; type"
         f' --config.{field}="{example}"'
       )

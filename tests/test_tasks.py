@@ -577,6 +577,7 @@ def test_unknown_variants_name_the_known_ones():
     ),
     ("digits", {"model": {"widths": (3, 0)}}, r"config.model.widths=\(3, 0\)"),
     ("digits", {"model": {"widths": ()}}, r"config.model.widths=\(\)"),
+    ("digits", {"model": {"widths": ("8",)}}, r"widths=\('8',\) must hold"),
     ("vit", {"model": {"num_layers": 0}}, "config.model.num_layers=0"),
     (
       "vit",

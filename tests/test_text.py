@@ -527,6 +527,7 @@ def test_unknown_variants_name_the_known_ones():
     ({"model": {"dropout": 1.0}}, "config.model.dropout=1.0"),
     ({"model": {"lora_rank": -1}}, "config.model.lora_rank=-1"),
     ({"data": {"eval_windows": 0}}, "config.data.eval_windows=0"),
+    ({"sample_length": -1}, "config.sample_length=-1 must be at least 0"),
     ({"model": {"context_length": 5000}}, "too little text.*2500 bytes.*5001"),
   ],
 )

@@ -49,7 +49,9 @@ class Mlp(nnx.Module):
 
 def check_widths(widths: Sequence[int], at_least: int = 0) -> None:
   """Raises a UsageError for invalid or too few widths."""
-  if len(widths) < at_least or any(width < 1 for width in widths):
+  if len(widths) < at_least or not all(
+    isinstance(width, int) and width > 0 for width in widths
+  ):
     raise UsageError(
       f"config.model.widths={tuple(widths)} must hold the width of each hidden"
       " layer; type for example --config.model.widths='(64, 64)'"

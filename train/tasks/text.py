@@ -96,6 +96,11 @@ class Text:
 
   def __init__(self, config: ml_collections.ConfigDict):
     self._kind = kinds.find_kind(config.model, _KINDS, "text")
+    if config.sample_length < 0:
+      raise UsageError(
+        f"config.sample_length={config.sample_length} must be at least 0; type "
+        "--config.sample_length=0 for no text at the end"
+      )
     if config.data.eval_windows < 1:
       raise UsageError(
         f"config.data.eval_windows={config.data.eval_windows} leaves nothing to"

@@ -498,6 +498,7 @@ def test_betas_are_options():
     ({"variant": "torch"}, "'torch' is not one of 'optax'"),
     ({"x0_dtype": "bf16"}, "'bf16' must be a type of floats"),
     ({"x0_dtype": "int8"}, "'int8' must be a type of floats"),
+    ({"x0_dtype": "float8_e4m3fn"}, "a type of floats of 16 bits or more"),
     ({"s_init": 0.0}, "s_init=0.0 must be above 0"),
     ({"weight_decay": -1.0}, "weight_decay=-1.0 must be at least 0"),
     ({"betas": [0.9, 1.0]}, "must be numbers above 0 and below 1"),

@@ -477,7 +477,8 @@ def _check_options(
     )
   if x0_dtype is not None and not _is_float(x0_dtype):
     raise ValueError(
-      f"x0_dtype={x0_dtype!r} must be a type of floats, such as 'bfloat16'"
+      f"x0_dtype={x0_dtype!r} must be a type of floats of 16 bits or more, "
+      "such as 'bfloat16'"
     )
   if isinstance(relative_s_init, int | float) and not (
     0 <= relative_s_init < float("inf")
@@ -496,7 +497,8 @@ def _check_options(
 
 def _is_float(dtype: jax.typing.DTypeLike) -> bool:
   try:
-    return jnp.issubdtype(dtype, jnp.floating)
+    # JAX promotes no 8-bit float to another type by itself.
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
   except TypeError:  # The name of no type.
     return False
 

@@ -310,6 +310,17 @@ def test_bad_values_end_before_anything_is_written(tmp_path, fields, words):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_run_does_not_read_its_own_files_as_text(tmp_path):
+  (tmp_path / "text").mkdir()
+  config = make_config(text.get_config, "tiny", data__path=str(tmp_path))
+  with pytest.raises(UsageError, match="its own files as text; take a --work"):
+    loop.train(config, tmp_path / "runs" / "text")
+  # What is hidden is not read.
+  with pytest.raises(UsageError, match="holds no UTF-8 text"):
+    loop.train(config, tmp_path / ".runs")
+  assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_that_diverged_does_not_end_well(tmp_path):
   config = make_config(num_steps=10, optimizer="sgd", learning_rate=1e30)
   with pytest.raises(UsageError, match="eval/loss is nan at step 10"):

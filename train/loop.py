@@ -66,6 +66,7 @@ def train(
   """
   _check_ranges(config)
   root = storage.path(workdir)
+  _check_apart(config, root)
   job = make_job(config)
   _check_best(job, config.checkpoint_best)
   saved_config = config.to_json_best_effort(indent=2)
@@ -159,6 +160,22 @@ def _check_ranges(config: ConfigDict) -> None:
         f"config.{field}={config[field]} must be at least {low}, and below "
         f"{limit}"
       )
+
+
+def _check_apart(config: ConfigDict, root: Any) -> None:
+  """Raises a UsageError if the run's own files are below the text it reads."""
+  text = config.get("data", {}).get("path", "")
+  if not text:
+    return
+  full = lambda path: path if storage.is_bucket(path) else path.resolve()
+  folder, run = full(storage.path(text)), full(root)
+  if run.is_relative_to(folder) and not any(
+    part.startswith(".") for part in run.relative_to(folder).parts
+  ):
+    raise UsageError(
+      f"--workdir={root} is below config.data.path={text}, so the run would "
+      "read its own files as text; take a --workdir outside"
+    )
 
 
 def _check_best(job: Job, best: str) -> None:

@@ -51,6 +51,16 @@ def test_each_metric_of_each_run_is_drawn(tmp_path, capsys):
   assert "FillBetweenPolyCollection" in drawn
 
 
+def test_a_run_has_any_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  names = ["_one", "$^$"]
+  for name in names:
+    write(tmp_path / name, [{"step": 1, "eval/loss": 2.0}])
+  assert plot.main(names) == 0
+  drawn = (tmp_path / "_one" / "metrics.svg").read_text()
+  assert all(f"<!-- {name} -->" in drawn for name in names)
+
+
 @pytest.mark.parametrize(
   ("name", "least", "scale"),
   [
@@ -61,7 +71,7 @@ def test_each_metric_of_each_run_is_drawn(tmp_path, capsys):
 )
 def test_what_may_be_small_has_a_logarithmic_axis(name, least, scale):
   axes = Figure().subplots()
-  plot._draw(axes, name, {name: (np.array([1, 2]), np.array([least, 1]))}, "a")
+  plot._draw(axes, name, {name: (np.array([1, 2]), np.array([least, 1]))})
   assert axes.get_yscale() == scale
 
 

@@ -56,15 +56,16 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   figure = Figure((4 * _COLUMNS, 2.6 * rows + 0.6), layout="constrained")
   grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
   for axes, name in zip(grid, names, strict=False):
-    for run, curves in runs.items():
-      _draw(axes, name, curves, run)
+    for curves in runs.values():
+      _draw(axes, name, curves)
     axes.set_title(name, fontsize="medium", parse_math=False)
   for axes in grid[len(names) :]:
     axes.set_visible(False)
   figure.supxlabel("step")
-  figure.legend(
-    *grid[0].get_legend_handles_labels(), loc="outside upper center"
-  )
+  # Labels of lines may not begin with an underscore.
+  legend = figure.legend(grid[0].lines, list(runs), loc="outside upper center")
+  for text in legend.get_texts():
+    text.set_parse_math(False)
   for kind in ("png", "svg"):
     file = folders[0] / f"metrics.{kind}"
     image = io.BytesIO()
@@ -107,11 +108,11 @@ def read(folder: Any) -> Curves:
   }
 
 
-def _draw(axes: Any, name: str, curves: Curves, label: str) -> None:
+def _draw(axes: Any, name: str, curves: Curves) -> None:
   """Plots a metric of a run, and its band if it has one."""
   # A run without the metric is in the legend too.
   steps, values = curves.get(name, ([], []))
-  (line,) = axes.plot(steps, values, label=label)
+  (line,) = axes.plot(steps, values)
   if f"{name}_min" in curves:
     (steps, low), (_, high) = (curves[name + end] for end in ("_min", "_max"))
     axes.fill_between(

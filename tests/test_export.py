@@ -144,6 +144,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, capsys):
     ([], "type python -m train.export DIR OUT"),
     ([str(tmp_path), str(tmp_path / "out")], "holds no checkpoints; type"),
     ([str(tmp_path), str(tmp_path / "out[1]")], "for a part of a pattern"),
+    ([str(tmp_path), f"{__file__}/out"], "out cannot be written: "),
   ):
     assert export.main(arguments) == 2
     assert words in capsys.readouterr().err

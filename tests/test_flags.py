@@ -416,6 +416,8 @@ def test_home_directory(job, capsys, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
   assert _run(capsys, workdir="~/run") == (0, "")
   assert job[0][1] == tmp_path / "run"
+  (tmp_path / "job.py").write_text(pathlib.Path("configs/job.py").read_text())
+  assert flags.load_config("~/job.py:large").num_steps == 1000
 
 
 def test_usage_error_in_training(job, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from flax_mechanic.checkpoints import storage
 from flax_mechanic.checkpoints.arrays import first_line
 from flax_mechanic.checkpoints.checkpointer import Checkpointer
 from flax_mechanic.errors import UsageError
+from train import flags
 from train.command import run_command
 from train.job import Job, make_job
 
@@ -41,6 +42,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   if not storage.is_bucket(out):
     out = out.absolute()  # Orbax asks for it.
     storage.check_name(out)
+    flags.check_writable(out.parent, str(out))
   if out.exists():
     raise UsageError(f"{out} exists already; name a new folder")
   if not (given / "checkpoints").is_dir():

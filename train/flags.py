@@ -111,7 +111,7 @@ def load_config(spec: str) -> ConfigDict:
       file's own exceptions pass through.
   """
   name, _, variant = spec.partition(":")
-  path = Path(name)
+  path = Path(name).expanduser()
   if not path.is_file():
     raise UsageError(
       f"--config={spec}: there is no file {name}{_nearest_config(path)}"
@@ -247,14 +247,25 @@ def check_workdir(workdir: str) -> None:
         f"--workdir={workdir}", "cannot be written", error
       ) from error
     return
+  check_writable(path, f"--workdir={workdir}")
+
+
+def check_writable(folder: Path, given: str) -> None:
+  """Creates a folder on a disk and writes to it.
+
+  Args:
+    folder: the folder.
+    given: what the user typed.
+
+  Raises:
+    UsageError: it cannot be created or written to.
+  """
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
       pass
   except OSError as error:
-    raise UsageError(
-      f"--workdir={workdir} cannot be written: {error.strerror}"
-    ) from None
+    raise UsageError(f"{given} cannot be written: {error.strerror}") from None
 
 
 def _check_used(config: ConfigDict, flags: Sequence[str]) -> None:

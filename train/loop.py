@@ -164,7 +164,8 @@ def _check_ranges(config: ConfigDict) -> None:
 
 def _check_apart(config: ConfigDict, root: Any) -> None:
   """Raises a UsageError if the run's own files are below the text it reads."""
-  text = config.get("data", {}).get("path", "")
+  data = config.get("data")
+  text = data.get("path") if data else None
   if not text:
     return
   full = lambda path: path if storage.is_bucket(path) else path.resolve()

@@ -281,7 +281,7 @@ class _Best:
     self._name = best.removeprefix("-")
     self._sign = -1 if best.startswith("-") else 1
     self._least = math.inf
-    for step in checkpointer.steps():
+    for step in checkpointer.steps() if best else ():
       with contextlib.suppress(UsageError):
         self.beaten_by(checkpointer.read(step)["metrics"])
 

@@ -354,7 +354,10 @@ def test_retention(tmp_path):
   ) as checkpointer:
     for step, accuracy in enumerate([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6], 1):
       metrics = {"eval/accuracy": accuracy}
+      assert checkpointer.is_best(metrics) == (step <= 3)
       checkpointer.save(step, make_state(step), metrics=metrics)
+    assert not checkpointer.is_best({"eval/accuracy": float("nan")})
+    assert not checkpointer.is_best({"eval/loss": 0.1})
     checkpointer.wait()
     assert checkpointer.steps() == [3, 4, 7]
     assert checkpointer.read(3)["metrics"] == {"eval/accuracy": 0.9}

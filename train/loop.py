@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import textwrap
 import time
@@ -103,7 +102,6 @@ def train(
       clock = _Clock(start)
       skips = _Skips(state, config.max_skipped_in_a_row)
       evaluation = {}
-      best = _Best(config.checkpoint_best, checkpointer)
       for step, batch in zip(steps, batches, strict=True):
         state, metrics = job.train_step(state, batch)
         for text in skips.told(step, metrics):
@@ -119,7 +117,7 @@ def train(
           evaluation = _evaluate(job, state)
           writer.write_scalars(step, evaluation)
           news |= evaluation
-          best_so_far = best.beaten_by(evaluation)
+          best_so_far = checkpointer.is_best(evaluation)
         if news:
           progress.update(step, news)
         due = step % config.checkpoint_every == 0
@@ -266,32 +264,6 @@ def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:
 
 def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
   return {name: float(value) for name, value in metrics.items()}
-
-
-class _Best:
-  """Tells which evaluation is the best so far, to be saved at once."""
-
-  def __init__(self, best: str, checkpointer: flax_mechanic.Checkpointer):
-    """Reads the metrics of what is saved.
-
-    Args:
-      best: `config.checkpoint_best`.
-      checkpointer: of the run.
-    """
-    self._name = best.removeprefix("-")
-    self._sign = -1 if best.startswith("-") else 1
-    self._least = math.inf
-    for step in checkpointer.steps() if best else ():
-      with contextlib.suppress(UsageError):
-        self.beaten_by(checkpointer.read(step)["metrics"])
-
-  def beaten_by(self, metrics: Mapping[str, float]) -> bool:
-    """Whether these are better than all before; a metric may be missing."""
-    value = self._sign * metrics.get(self._name, math.nan)
-    better = value < self._least
-    if better:
-      self._least = value
-    return better
 
 
 class _Skips:

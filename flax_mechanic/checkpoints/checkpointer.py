@@ -262,6 +262,19 @@ class Checkpointer:
     """
     return sorted(step for step in self._manager.all_steps() if step < _STEPS)
 
+  def is_best(self, metrics: Mapping[str, float]) -> bool:
+    """Returns whether no step that was saved has as good a value of `best`.
+
+    Args:
+      metrics: of a step that is not saved; without that of `best`, or with a
+        NaN, they are no better.
+
+    Example:
+      >>> if checkpointer.is_best(metrics):  # doctest: +SKIP
+      ...   checkpointer.save(step, state, metrics=metrics)
+    """
+    return self._retention.is_best(metrics, self.steps())
+
   def read(self, step: int) -> Mapping[str, Any]:
     """Returns what was saved of a step beside its arrays.
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import jax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -44,6 +44,21 @@ class Retention(preservation_policy.PreservationPolicy):
     """Notes that a step is being saved."""
     self._metrics[step] = metrics
 
+  def is_best(self, metrics: Mapping[str, float], steps: Iterable[int]) -> bool:
+    """Whether metrics are better than those of every step saved so far.
+
+    Args:
+      metrics: of a step that is not saved.
+      steps: those that are there.
+    """
+    value = self._value(metrics)
+    if math.isnan(value):
+      return False
+    for step in steps:
+      self._is_own(step)  # Reads its metrics, if an earlier run saved it.
+    known = [*self._metrics.values()]  # Orbax's threads may add to them.
+    return not any(value <= self._value(each) for each in known)
+
   def should_preserve(
     self,
     checkpoints: Sequence[preservation_policy.PolicyCheckpointInfo],
@@ -83,14 +98,15 @@ class Retention(preservation_policy.PreservationPolicy):
     kept = {*own[-self._keep :]}
     if self._keep_every:
       kept |= {step for step in own if step % self._keep_every == 0}
-    values = {
-      step: self._sign * self._metrics[step][self._best]
-      for step in own
-      if not math.isnan(self._metrics[step].get(self._best, math.nan))
-    }
+    values = {step: self._value(self._metrics[step]) for step in own}
+    values = {step: v for step, v in values.items() if not math.isnan(v)}
     if values:
       kept.add(max(values, key=lambda step: (values[step], step)))
     return kept
+
+  def _value(self, metrics: Mapping[str, float]) -> float:
+    """Returns what is to be large, NaN if it was not measured."""
+    return self._sign * metrics.get(self._best, math.nan)
 
   def _is_own(self, step: int) -> bool:
     """Whether a folder is what a Checkpointer saved as that step."""

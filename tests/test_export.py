@@ -140,11 +140,12 @@ def test_a_plain_job_loads_what_is_exported(
 
 
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   for arguments, words in (
     ([], "type python -m train.export DIR OUT"),
     ([str(tmp_path), str(tmp_path / "out")], "holds no checkpoints; type"),
     ([str(tmp_path), str(tmp_path / "out[1]")], "for a part of a pattern"),
-    ([str(tmp_path), f"{__file__}/out"], "out cannot be written: "),
+    ([str(tmp_path / "run"), f"{__file__}/out"], "out cannot be written: "),
   ):
     assert export.main(arguments) == 2
     assert words in capsys.readouterr().err

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from flax_mechanic.paths import parameter_of
+from flax_mechanic.paths import by_path, parameter_of
 
 
 def test_a_leaf_of_a_state_belongs_to_the_longest_path_in_its_own():
@@ -35,10 +35,7 @@ def test_a_leaf_of_a_state_belongs_to_the_longest_path_in_its_own():
 def test_what_optax_calls_its_own_is_no_parameter(params):
   params = jax.tree.map(lambda value: jnp.full((4, 4), value), params)
   tx = optax.chain(optax.trace(0.9), optax.adam(1.0))
-  parameters = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
+  parameters = by_path(params)
   # A state that holds the parameters in place of their moments.
   state = optax.tree.map_params(tx, lambda _, x: x, tx.init(params), params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):

@@ -42,11 +42,12 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   if not storage.is_bucket(out):
     out = out.absolute()  # Orbax asks for it.
     storage.check_name(out)
-    flags.check_writable(out.parent, str(out))
   if out.exists():
     raise UsageError(f"{out} exists already; name a new folder")
   if not (given / "checkpoints").is_dir():
     raise UsageError(f"{given} holds no checkpoints; type a run's --workdir")
+  if not storage.is_bucket(out):
+    flags.check_writable(out.parent, str(out))
   with Checkpointer(given / "checkpoints", read_only=True) as checkpointer:
     job = _job(checkpointer)
 

@@ -270,8 +270,11 @@ class Checkpointer:
         NaN, they are no better.
 
     Example:
-      >>> if checkpointer.is_best(metrics):  # doctest: +SKIP
-      ...   checkpointer.save(step, state, metrics=metrics)
+      >>> import tempfile
+      >>> with Checkpointer(tempfile.mkdtemp(), best="loss") as checkpointer:
+      ...   checkpointer.save(1, {"w": 1.0}, metrics={"loss": 0.5})
+      ...   [checkpointer.is_best({"loss": loss}) for loss in (0.4, 0.5)]
+      [True, False]
     """
     return self._retention.is_best(metrics, self.steps())
 

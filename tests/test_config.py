@@ -134,7 +134,28 @@ def test_gradient_clipping_and_accumulation():
     ({"learning_rate": -1.0}, "learning rate .* is -1.0"),
     ({"grad_clip": -1.0}, "config.grad_clip=-1.0"),
     ({"accumulate_steps": 0}, "config.accumulate_steps=0"),
-    ({"opt__adamw__mu_dtype": "bf17"}, "config.opt.adamw: .*bf17"),
+    ({"opt__adamw__mu_dtype": "bf17"}, "mu_dtype='bf17' is not one of 'bf"),
+    ({"opt__sgd__accumulator_dtype": "int8"}, "_dtype='int8' is not one of"),
+    (
+      {"opt__schedule_free__state_dtype": "int8"},
+      "config.opt.schedule_free.state_dtype='int8' is not one of 'bfloat16'",
+    ),
+    (
+      {"opt__muon__preconditioning": "none"},
+      "preconditioning='none' is not one of 'frobenius', 'spectral'",
+    ),
+    (
+      {"opt__polyak_sgd__variant": "sps-"},
+      r"config.opt.polyak_sgd.variant='sps-' is not one of 'sps', 'sps\+'",
+    ),
+    (
+      {"opt__dog__init_step_kind": "foo"},
+      "init_step_kind='foo' is not one of 'heuristic'",
+    ),
+    (
+      {"optimizer": "dadapt_adamw", "opt__dadapt_adamw__betas": (0.9,)},
+      r"config.opt.dadapt_adamw: betas=\(0.9,\) must be two numbers",
+    ),
     (
       {"optimizer": "mechanic", "opt__mechanic__variant": "torch"},
       "config.opt.mechanic: variant='torch' is not one of 'optax'",

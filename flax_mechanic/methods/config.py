@@ -387,12 +387,20 @@ def _options(
     for name, parameter in inspect.signature(row.build).parameters.items()
     if parameter.default is None
   }
-  return {
-    option: _checked(values[option], default, f"{group}.{option}")
-    if option in values and (values[option] is not None or option in off)
-    else _default(default)
-    for option, default in stack.defaults(row, own).items()
-  }
+  options = {}
+  for option, default in stack.defaults(row, own).items():
+    value = values.get(option)
+    if value is None and not (option in values and option in off):
+      options[option] = _default(default)
+      continue
+    field = f"{group}.{option}"
+    options[option] = _checked(value, default, field)
+    choices = row.choices.get(option)
+    if choices and value is not None and value not in choices:
+      raise UsageError(
+        f"{field}={value!r} is not one of {', '.join(map(repr, choices))}"
+      )
+  return options
 
 
 def _as_dict(group: Any, field: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +26,7 @@ class Method:
       option `base` names the wrapped row and makes this row a wrapper; the
       option `learning_rate` is the peak, which a row that is tuned takes from
       `config.learning_rate` by default.
+    choices: option -> what it may be, where that is a name.
     tuned: whether the learning rate is tuned by hand. A tuned wrapper leaves it
       to its base; any other wrapper learns its base's learning rate.
     relative_rate: of a tuned row, a learning rate to start from, over adamw's
@@ -59,6 +60,7 @@ class Method:
   name: str
   build: Callable[..., optax.GradientTransformation]
   options: Mapping[str, Any]
+  choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
   tuned: bool = True
   relative_rate: float = 1.0
   needs: frozenset[str] = frozenset()

@@ -1,7 +1,7 @@
 """The table of optimizers: a row for each name that the flag accepts."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -99,6 +99,12 @@ _TYPES = {
   "mu_dtype": str,
   "weight_decay_rate": float,
 }
+# What a dtype may be. optax takes integers too, and computes nonsense; JAX
+# promotes no narrower float by itself.
+_DTYPES = (
+  *("bfloat16", "float16", "float32", "float64"),
+  *("complex64", "complex128"),
+)
 
 
 def register_optax(
@@ -110,6 +116,7 @@ def register_optax(
   build: Any = None,
   without: tuple[str, ...] = (),
   options: Mapping[str, Any] = MappingProxyType({}),
+  choices: Mapping[str, Sequence[str]] = MappingProxyType({}),
   **fields: Any,
 ) -> None:
   """Adds an optimizer of optax to the flag, with the options of its signature.
@@ -124,6 +131,7 @@ def register_optax(
     build: `build(learning_rate, **options)`, by default optax's function.
     without: arguments of that function to leave out.
     options: more options, or other defaults.
+    choices: more of them than of dtypes.
     **fields: more attributes of `Method`.
   """
   function = getattr(optax, name, getattr(contrib, name, None))
@@ -139,6 +147,7 @@ def register_optax(
     for key, kind in _TYPES.items()
     if key in arguments and arguments[key].default is None
   }
+  dtypes = {key: _DTYPES for key in types if key.endswith("_dtype")}
   masks = ("mask", "weight_decay_mask")
   register(
     name,
@@ -146,6 +155,7 @@ def register_optax(
     options=default_options(
       function, without=(*masks, *without), **{**types, **options}
     ),
+    choices={**dtypes, **choices},
     decay_mask=next((mask for mask in masks if mask in arguments), None),
     summary=summary,
     advice=advice,
@@ -207,6 +217,7 @@ register_optax(
     **options,
   ),
   options={"matrices": _MATRICES},
+  choices={"preconditioning": ("frobenius", "spectral", "aol", "schatten")},
   relative_rate=3.0,
 )
 register_optax(
@@ -440,21 +451,22 @@ register_optax(
 )
 
 
-def _prodigy(learning_rate, **options):
-  return repairs.skip_zeros(
-    contrib.prodigy(learning_rate, **options), learning_rate
-  )
+def _distance_learner(function):
+  """Returns what builds `contrib.prodigy` or `dadapt_adamw`."""
 
+  def build(learning_rate, betas, **options):
+    if len(betas) != 2:  # dadapt_adamw itself looks in `update` alone.
+      raise ValueError(f"betas={betas} must be two numbers, as (0.9, 0.999)")
+    return repairs.skip_zeros(
+      function(learning_rate, betas=betas, **options), learning_rate
+    )
 
-def _dadapt_adamw(learning_rate, **options):
-  return repairs.skip_zeros(
-    contrib.dadapt_adamw(learning_rate, **options), learning_rate
-  )
+  return build
 
 
 register(
   "prodigy",
-  _prodigy,
+  _distance_learner(contrib.prodigy),
   options=default_options(contrib.prodigy, beta3=float),
   tuned=False,
   rounds_to_nothing=True,
@@ -465,7 +477,7 @@ register(
 )
 register(
   "dadapt_adamw",
-  _dadapt_adamw,
+  _distance_learner(contrib.dadapt_adamw),
   options=default_options(contrib.dadapt_adamw),
   tuned=False,
   scalars={contrib.DAdaptAdamWState: readers.distance_estimate("dadapt_adamw")},
@@ -476,11 +488,6 @@ register(
 
 
 def _dog(learning_rate, init_step_kind, init_step, averaging, **options):
-  kinds = ("heuristic", "distance", "learning_rate")
-  if init_step_kind not in kinds:
-    raise ValueError(
-      f"init_step_kind={init_step_kind!r} is not one of {', '.join(kinds)}"
-    )
   tx = contrib.dog(learning_rate, (init_step_kind, init_step), **options)
   return features.average_iterates(tx, averaging) if averaging else tx
 
@@ -496,6 +503,7 @@ register(
     "eps": 1e-8,
     "weight_decay": float,
   },
+  choices={"init_step_kind": ("heuristic", "distance", "learning_rate")},
   tuned=False,
   schedule="constant",
   decay_mask="mask",
@@ -654,6 +662,7 @@ register_optax(
   build=_polyak_sgd,
   without=("max_learning_rate", "scaling"),
   options={"learning_rate": 1.0},
+  choices={"variant": ("sps", "sps+")},
   tuned=False,
   needs=frozenset({"value"}),
   scalars={features.MeasuredState: readers.measured},
@@ -692,6 +701,7 @@ register(
     "base": "adamw",
     **default_options(contrib.schedule_free, state_dtype=str),
   },
+  choices={"state_dtype": _DTYPES},
   schedule="warmup",
   # Its own b1 takes the place of the base's momentum.
   base_options={"b1": 0.0, "momentum": None},

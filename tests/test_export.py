@@ -139,10 +139,28 @@ def test_a_plain_job_loads_what_is_exported(
   assert "exists already; name a new folder" in capsys.readouterr().err
 
 
+def test_a_field_may_have_another_value_here(source, tmp_path, capsys):
+  run = shutil.copytree(source, tmp_path / "run")
+  tamper(
+    run / "checkpoints" / "30",
+    lambda saved: saved["config"].update({"task": "elsewhere"}),
+  )
+  out = tmp_path / "out"
+  for field, words in (
+    ("tsk=digits", "did you mean --config.task?"),
+    ("task=digitz", "config.task='digitz'"),
+  ):
+    assert export.main([str(run), f"--config.{field}", str(out)]) == 2
+    assert words in capsys.readouterr().err
+  assert export.main([str(run), "--config.task=digits", str(out)]) == 0
+  assert capsys.readouterr().out == f"step 30 of {run} is in {out}\n"
+
+
 def test_what_cannot_be_exported_is_said(tmp_path, capsys):
   (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   for arguments, words in (
     ([], "type python -m train.export DIR OUT"),
+    (["--out=out"], "there is no flag --out"),
     ([str(tmp_path), str(tmp_path / "out")], "holds no checkpoints; type"),
     ([str(tmp_path), str(tmp_path / "out[1]")], "for a part of a pattern"),
     ([str(tmp_path / "run"), f"{__file__}/out"], "out cannot be written: "),

@@ -1,6 +1,6 @@
 r"""Writes a run's model where a plain Flax job loads it.
 
-  python -m train.export DIR OUT
+  python -m train.export DIR OUT [--config.FIELD=VALUE ...]
 
 DIR  the --workdir of a run; its newest intact checkpoint is read, without what
      only the training needs
@@ -9,6 +9,9 @@ OUT  a new folder; Orbax writes the parameters that the optimizer evaluates and
 
   state = nnx.state(model, nnx.Not(nnx.RngState))
   nnx.update(model, orbax.checkpoint.StandardCheckpointer().restore(OUT, state))
+
+A field of the run's config may have another value here, as the path of its data
+on this machine: --config.data.path=FOLDER.
 """
 
 import re
@@ -36,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: Sequence[str]) -> Iterator[str]:
-  if len(arguments) != 2:
+  folders = [each for each in arguments if not each.startswith("-")]
+  _, overrides = flags.split([e for e in arguments if e not in folders], [])
+  if len(folders) != 2:
     raise UsageError("type python -m train.export DIR OUT")
-  given, out = map(storage.path, arguments)
+  given, out = map(storage.path, folders)
   if not storage.is_bucket(out):
     out = out.absolute()  # Orbax asks for it.
     storage.check_name(out)
@@ -49,7 +54,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   if not storage.is_bucket(out):
     flags.check_writable(out.parent, str(out))
   with Checkpointer(given / "checkpoints", read_only=True) as checkpointer:
-    job = _job(checkpointer)
+    job = _job(checkpointer, overrides)
 
     def exported(state: nnx.State) -> nnx.State:
       objects = nnx.merge(job.functions.graphdef, state)
@@ -76,8 +81,15 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   yield f"step {restored.step} of {given} is in {out}"
 
 
-def _job(checkpointer: Checkpointer) -> Job:
-  """Returns the job of the newest step whose record can be read."""
+def _job(
+  checkpointer: Checkpointer, overrides: Sequence[tuple[str, str | None]]
+) -> Job:
+  """Returns the job of the newest step whose record can be read.
+
+  Args:
+    checkpointer: of the run.
+    overrides: for `flags.override`.
+  """
   problem = f"{checkpointer.directory} holds no checkpoint"
   for step in reversed(checkpointer.steps()):
     try:
@@ -86,7 +98,9 @@ def _job(checkpointer: Checkpointer) -> Job:
       problem = str(error)
       continue
     try:
-      return make_job(_config(record), jax.devices()[:1])
+      config = _config(record)
+      flags.override(config, overrides)
+      return make_job(config, jax.devices()[:1])
     except UsageError:
       raise
     except Exception as error:  # The config may hold anything.

@@ -89,7 +89,7 @@ def read(
     UsageError: an argument that is missing, unknown, of the wrong type or
       without effect, or a config file that cannot be used.
   """
-  given, overrides = _split(argv, ["config", *required, *optional])
+  given, overrides = split(argv, ["config", *required, *optional])
   config = load_config(_value(given, "config"))
   override(config, overrides)
   _check_used(config, [flag for flag, _ in overrides])
@@ -140,6 +140,50 @@ def load_config(spec: str) -> ConfigDict:
       "must return a ConfigDict"
     )
   return config.lock()
+
+
+def split(
+  argv: Sequence[str], names: Sequence[str]
+) -> tuple[dict[str, str | None], list[tuple[str, str | None]]]:
+  """Splits arguments into the program's flags and overrides of the config.
+
+  Args:
+    argv: the arguments, in any order.
+    names: of the program's flags.
+
+  Returns:
+    The program's flags, name -> value, and pairs for `override`.
+
+  Raises:
+    UsageError: an argument that is neither.
+  """
+  given: dict[str, str | None] = {}
+  overrides = []
+  rest = list(argv)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith("--") or argument == "--":
+      name = argument.lstrip("-").split("=")[0]
+      known = name in names or name.startswith("config.")
+      hint = f"did you mean --{argument.lstrip('-')}?"
+      raise UsageError(
+        f"{argument!r} is not a flag; "
+        + (hint if known else "flags look like --config.num_steps=100")
+      )
+    name, equals, value = argument.removeprefix("--").partition("=")
+    if not equals:
+      follows = bool(rest) and not rest[0].startswith("--")
+      value = rest.pop(0) if follows else None
+    if name.startswith(("config.", "noconfig.")):
+      overrides.append((name, value))
+    elif name in names:
+      given[name] = value
+    else:
+      head, dot, field = name.partition(".")
+      near = difflib.get_close_matches(head, [*names, "help"], n=1)
+      hint = near[0] + dot + field if near else f"config.{name}"
+      raise UsageError(f"there is no flag --{name}; did you mean --{hint}?")
+  return given, overrides
 
 
 def override(
@@ -337,39 +381,6 @@ def _processes(given: dict[str, str]) -> Processes | None:
       "process is 0"
     )
   return Processes(given["coordinator"], count, number)
-
-
-def _split(
-  argv: Sequence[str], names: Sequence[str]
-) -> tuple[dict[str, str | None], list[tuple[str, str | None]]]:
-  """Splits arguments into the program's flags and overrides of the config."""
-  given: dict[str, str | None] = {}
-  overrides = []
-  rest = list(argv)
-  while rest:
-    argument = rest.pop(0)
-    if not argument.startswith("--") or argument == "--":
-      name = argument.lstrip("-").split("=")[0]
-      known = name in names or name.startswith("config.")
-      hint = f"did you mean --{argument.lstrip('-')}?"
-      raise UsageError(
-        f"{argument!r} is not a flag; "
-        + (hint if known else "flags look like --config.num_steps=100")
-      )
-    name, equals, value = argument.removeprefix("--").partition("=")
-    if not equals:
-      follows = bool(rest) and not rest[0].startswith("--")
-      value = rest.pop(0) if follows else None
-    if name.startswith(("config.", "noconfig.")):
-      overrides.append((name, value))
-    elif name in names:
-      given[name] = value
-    else:
-      head, dot, field = name.partition(".")
-      near = difflib.get_close_matches(head, [*names, "help"], n=1)
-      hint = near[0] + dot + field if near else f"config.{name}"
-      raise UsageError(f"there is no flag --{name}; did you mean --{hint}?")
-  return given, overrides
 
 
 def _value(given: dict[str, str | None], name: str) -> str:

@@ -184,8 +184,11 @@ class TrainState(train_state.TrainState, kw_only=True):
 
   def eval_params(self) -> Any:
     """Returns the parameters that the method evaluates and exports."""
+    shardings = self.shardings
+    if _overwritten(self.params) is not None:
+      shardings = shardings.under("params")
     evaluated = readers.eval_params(
-      on_device(self.opt_state), _trained(self.params)
+      on_device(self.opt_state), _trained(self.params), shardings
     )
     return _whole(self.params, evaluated)
 

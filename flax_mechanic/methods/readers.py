@@ -16,6 +16,7 @@ from flax_mechanic.mechanic import MechanicState
 from flax_mechanic.mechanic.sizes import Sizes
 from flax_mechanic.methods import features, registry
 from flax_mechanic.methods.registry import Scalars
+from flax_mechanic.placement import Shardings
 
 # A state -> scalars, or a state and parameters -> parameters.
 Reader = Callable[..., Any]
@@ -57,12 +58,17 @@ def scalars(opt_state: Any) -> Scalars:
   return found
 
 
-def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
+def eval_params(
+  opt_state: Any,
+  params: optax.Params,
+  shardings: Shardings | None = None,
+) -> optax.Params:
   """Returns the parameters to evaluate, for any nesting of states.
 
   Args:
     opt_state: an optax state without NNX variables.
     params: the parameters being trained, as the transformation sees them.
+    shardings: of the parameters, and of what is returned, where it is known.
 
   Returns:
     A tree like `params`; `params` itself where a method evaluates those.
@@ -76,8 +82,20 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     (2,)
   """
   for read, state in _find("eval_params", opt_state, {}):
+    if shardings and shardings.by_path:
+      return _placed(read, shardings, state, params)
     return read(state, params)
   return params
+
+
+# Compiled, so that of a state that is split further (ZeRO-1) only what is read
+# is gathered.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _placed(
+  read: Reader, shardings: Shardings, state: Any, params: optax.Params
+) -> optax.Params:
+  """Returns `read(state, params)`, computed and placed by the shardings."""
+  return shardings.keep(read(shardings.place(state), params))
 
 
 def _find(

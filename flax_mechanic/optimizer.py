@@ -19,7 +19,7 @@ from flax_mechanic import step
 from flax_mechanic.errors import UsageError
 from flax_mechanic.extra_args import accepted
 from flax_mechanic.methods import readers, stack
-from flax_mechanic.paths import by_path, parameter_of
+from flax_mechanic.paths import by_path, parameters_of
 from flax_mechanic.placement import Shardings, is_traced, on_device
 
 # Of the split and merge that carry a loss's effects to the caller's objects.
@@ -84,7 +84,7 @@ class Optimizer(nnx.Optimizer):
     )
     self.opt_state = nnx.data(_init(tx, params, self.state_shardings))
     self.step.set_value(self.shardings.place(self.step.get_value()))
-    if not is_traced(nnx.as_pure(params)):
+    if self.shardings.by_path and not is_traced(nnx.as_pure(params)):
       # As the step's results are placed, or the step would compile twice.
       nnx.update(model, self.shardings.place(nnx.as_pure(params)))
 
@@ -235,7 +235,7 @@ class Optimizer(nnx.Optimizer):
       average, DoG's averaged iterates), or `model` itself.
     """
     params = self._params(model)
-    evaluated = readers.eval_params(self._state(), params)
+    evaluated = readers.eval_params(self._state(), params, self.shardings)
     if evaluated is params:
       return model
     model = nnx.clone(model)
@@ -320,12 +320,16 @@ class Optimizer(nnx.Optimizer):
   def _write_state(self, opt_state: optax.OptState) -> None:
     # nnx.Optimizer goes through nnx.state here, which turns a NamedTuple among
     # the parameters into a dict (flax 0.12.12, complex parameters).
-    variables, treedef = jax.tree.flatten(
-      self.opt_state, is_leaf=lambda node: isinstance(node, nnx.Variable)
-    )
-    for variable, value in zip(
-      variables, treedef.flatten_up_to(opt_state), strict=True
-    ):
+    variables, treedef = jax.tree.flatten(self.opt_state, is_leaf=_is_variable)
+    values = treedef.flatten_up_to(opt_state)
+    if not all(map(_is_variable, variables)):
+      # The user has set an array, such as the learning rate, in its place.
+      variables = [
+        variable if _is_variable(variable) else optimizer_lib.OptArray(value)
+        for variable, value in zip(variables, values, strict=True)
+      ]
+      self.opt_state = nnx.data(treedef.unflatten(variables))
+    for variable, value in zip(variables, values, strict=True):
       variable.set_value(value)
 
 
@@ -408,26 +412,42 @@ def _init(
   A leaf shaped like a parameter has that parameter's metadata, its annotated
   sharding above all.
   """
-  known = {leaf.path: leaf for leaf in shardings.leaves if leaf.sharding}
   variables = {
     "/".join(map(str, path)): variable
     for path, variable in nnx.to_flat_state(params)
   }
+  for path, variable in variables.items():
+    value = variable.get_value()
+    if value is not None and not jax.tree_util.all_leaves([value]):
+      raise UsageError(
+        f"the parameter {path} holds a {type(value).__name__}; give each array "
+        "in it a variable of its own"
+      )
+  with_paths, treedef = jax.tree_util.tree_flatten_with_path(
+    shardings.init(tx, nnx.as_pure(params))
+  )
+  found = parameters_of(
+    [(path, value.shape) for path, value in with_paths],
+    {leaf.path: leaf for leaf in shardings.leaves},
+  )
 
-  def in_variable(path, value):
-    parameter = parameter_of(path, value.shape, variables)
+  def in_variable(value, parameter):
     if parameter is None:
       return optimizer_lib.OptArray(value)
-    metadata = _metadata(parameter)
-    placed = parameter_of(path, value.shape, known)
+    metadata = _metadata(variables[parameter.path])
     # A variable moves its value to its annotated sharding.
-    if placed is not None and "out_sharding" in metadata:
-      metadata["out_sharding"] = tuple(placed.sharding.spec)
+    if parameter.sharding and "out_sharding" in metadata:
+      metadata["out_sharding"] = tuple(parameter.sharding.spec)
     return optimizer_lib.OptVariable(value, **metadata)
 
-  return jax.tree_util.tree_map_with_path(
-    in_variable, shardings.init(tx, nnx.as_pure(params))
+  return treedef.unflatten(
+    in_variable(value, parameter)
+    for (_, value), parameter in zip(with_paths, found, strict=True)
   )
+
+
+def _is_variable(node: Any) -> bool:
+  return isinstance(node, nnx.Variable)
 
 
 def _shardings(params: nnx.State) -> Shardings:
@@ -450,11 +470,7 @@ def _shardings(params: nnx.State) -> Shardings:
     )
 
   return Shardings.of(
-    nnx.as_pure(
-      jax.tree.map(
-        sharding, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
-      )
-    )
+    nnx.as_pure(jax.tree.map(sharding, params, is_leaf=_is_variable))
   )
 
 
@@ -472,7 +488,16 @@ def _annotated(shardings: Shardings, params: nnx.State) -> Shardings:
 
 
 def _metadata(parameter: nnx.Variable) -> dict[str, Any]:
-  metadata = dict(parameter.get_metadata())
+  """Returns a parameter's metadata for a leaf of the state.
+
+  What is to be done with the parameter's own value, such as to clip it, is left
+  out.
+  """
+  metadata = {
+    name: value
+    for name, value in parameter.get_metadata().items()
+    if name not in ("on_create_value", "on_get_value", "on_set_value")
+  }
   if "optimizer_sharding" in metadata:
     metadata["out_sharding"] = metadata.pop("optimizer_sharding")
   return metadata

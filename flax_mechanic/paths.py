@@ -1,6 +1,7 @@
 """Names of leaves and parameters: paths as text, and patterns over them."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ import jax
 import optax
 
 from flax_mechanic.errors import UsageError
+
+# The ends of paths of a complex parameter's parts.
+_PARTS = [(jax.tree_util.GetAttrKey(name),) for name in ("real", "imaginary")]
 
 
 def leaf_path(path: Any) -> str:
@@ -26,28 +30,36 @@ def parameter_path(path: Any) -> str:
   return leaf_path(path[:-1] if boxed else path)
 
 
-def parameter_of(
-  path: Any, shape: tuple[int, ...], parameters: Mapping[str, Any]
-) -> Any:
-  """Returns the parameter that a leaf of an optimizer's state belongs to.
+def parameters_of(
+  leaves: Sequence[tuple[Any, Any]], parameters: Mapping[str, Any]
+) -> list[Any]:
+  """Returns the parameter that each leaf of an optimizer's state belongs to.
 
-  That is the parameter of its shape with the longest path inside the leaf's own
-  path, or None; of two of one length, the one nearest to the leaf, since what
-  is before it may be optax's names.
+  That is a parameter of its shape whose path is inside the leaf's own, or None.
+  Of several it is the one with which most leaves have the same names around
+  their parameters' paths, since what a state holds of one parameter it holds of
+  all; then the one with the longest path, then the one nearest to the leaf.
 
   Args:
-    path: of the leaf of the state.
-    shape: of that leaf.
+    leaves: paths and shapes, of the whole state; None for what has no shape.
     parameters: path -> anything with the parameter's shape.
   """
-  names = leaf_path(path).split("/")
-  # A tree that is one array has the empty path.
-  for length in range(len(names), -1, -1):
-    for start in reversed(range(len(names) - length + 1)):
-      found = parameters.get("/".join(names[start : start + length]))
-      if found is not None and found.shape == shape:
-        return found
-  return None
+  candidates = []
+  for path, shape in leaves:
+    names = leaf_path(path).split("/")
+    candidates.append(
+      {
+        (*names[:start], None, *names[end:]): found
+        # A tree that is one array has the empty path.
+        for end in range(len(names) + 1)
+        for start in range(end + 1)
+        if (found := parameters.get("/".join(names[start:end]))) is not None
+        and found.shape == shape
+      }
+    )
+  times = Counter(around for each in candidates for around in each)
+  best = lambda around: (times[around], -len(around), around.index(None))
+  return [each[max(each, key=best)] if each else None for each in candidates]
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -72,6 +84,9 @@ def by_path(tree: Any) -> dict[str, Any]:
 def matching(patterns: Sequence[str], params: optax.Params) -> Any:
   """Returns a tree of bools: which leaves' paths match a pattern.
 
+  The parts of a complex parameter, which are leaves of their own under
+  `split_real_and_imaginary`, have its path.
+
   Args:
     patterns: regular expressions, searched in paths such as "blocks/0/bias".
     params: the parameters.
@@ -80,12 +95,13 @@ def matching(patterns: Sequence[str], params: optax.Params) -> Any:
     >>> matching(["bias$"], {"head": {"bias": 0, "kernel": 1}})
     {'head': {'bias': True, 'kernel': False}}
   """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: any(
-      re.search(pattern, parameter_path(path)) for pattern in patterns
-    ),
-    params,
-  )
+
+  def matches(path: Any, _: Any) -> bool:
+    of_complex = path[-1:] in _PARTS
+    name = parameter_path(path[:-1] if of_complex else path)
+    return any(re.search(pattern, name) for pattern in patterns)
+
+  return jax.tree_util.tree_map_with_path(matches, params)
 
 
 def check_found(

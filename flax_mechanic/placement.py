@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic.paths import parameter_of, parameter_path
+from flax_mechanic.paths import parameter_path, parameters_of
 
 # jax's name of the memory kind.
 HOST = "pinned_host"
@@ -157,23 +157,23 @@ class Shardings:
     Returns:
       A tree like `state` of `NamedSharding`s; of None where nothing is known.
     """
-
-    def in_memory(value, sharding, offloaded):
-      del value
-      if sharding and offloaded:
-        return sharding.with_memory_kind(HOST)
-      return sharding
-
-    return self._map_state(in_memory, state)
+    return self._map_state(
+      lambda value, sharding, offloaded: _in_memory(sharding, offloaded), state
+    )
 
   def offloaded(self, state: Any) -> Any:
     """Returns a tree like a state of bools: what is kept in host memory."""
     return self._map_state(lambda value, sharding, offloaded: offloaded, state)
 
   def place(self, tree: Any) -> Any:
-    """Returns a state, or concrete parameters, placed by these shardings."""
+    """Returns a state, or concrete parameters, placed by these shardings.
+
+    Of shapes, it is said where the arrays will be.
+    """
 
     def place(value, sharding, offloaded):
+      if is_abstract(value):
+        return value.update(sharding=_in_memory(sharding, offloaded))
       value = _place(value, sharding)
       if not offloaded or _is_on_host(value):
         return value
@@ -199,7 +199,7 @@ class Shardings:
     """
     here = Shardings.of(params)
     known = len(here.by_path) == len(self.by_path) == len(self.leaves) > 0
-    if is_traced(params) or not known:
+    if is_traced(params) or is_abstract(params) or not known:
       return self.place(tx.init(params))
     # A sharding that was read while tracing names no devices.
     shardings = self.on(here.mesh).of_state(jax.eval_shape(tx.init, params))
@@ -223,16 +223,22 @@ class Shardings:
     self, f: Callable[[Any, NamedSharding | None, bool], Any], state: Any
   ) -> Any:
     """Maps `f(leaf, its sharding, whether on the host)` over a state."""
-    parameters = {leaf.path: leaf for leaf in self.leaves}
     whole = self.mesh and NamedSharding(self.mesh, P())
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(state)
+    found = parameters_of(
+      [(path, jnp.shape(value)) for path, value in with_paths],
+      {leaf.path: leaf for leaf in self.leaves},
+    )
 
-    def of_leaf(path, value):
-      leaf = parameter_of(path, value.shape, parameters)
+    def of_leaf(value, leaf):
       if leaf is not None:
         return f(value, leaf.sharding, self.offload)
-      return f(value, whole and _normal(whole, len(value.shape)), False)
+      return f(value, whole and _normal(whole, jnp.ndim(value)), False)
 
-    return jax.tree_util.tree_map_with_path(of_leaf, state)
+    return treedef.unflatten(
+      of_leaf(value, leaf)
+      for (_, value), leaf in zip(with_paths, found, strict=True)
+    )
 
 
 def state_sharding(
@@ -316,11 +322,14 @@ def is_abstract(tree: Any) -> bool:
 
 
 def _sharding_of(leaf: Any) -> NamedSharding | None:
-  if isinstance(leaf, jax.core.Tracer):
-    typed = jax.typeof(leaf).sharding
-    return typed if AxisType.Explicit in typed.mesh.axis_types else None
-  sharding = getattr(leaf, "sharding", None)
-  return sharding if isinstance(sharding, NamedSharding) else None
+  traced = isinstance(leaf, jax.core.Tracer)
+  sharding = getattr(jax.typeof(leaf) if traced else leaf, "sharding", None)
+  if not isinstance(sharding, NamedSharding):
+    return None
+  types = {*sharding.mesh.axis_types}
+  # No one function places an array over axes of both types.
+  known = len(types) == 1 and not (traced and types == {AxisType.Auto})
+  return sharding if known else None
 
 
 def _split_over(
@@ -354,6 +363,13 @@ def _normal(sharding: NamedSharding, ndim: int) -> NamedSharding:
     while entries and entries[-1] is None:
       entries.pop()
   return NamedSharding(sharding.mesh, P(*entries))
+
+
+def _in_memory(
+  sharding: NamedSharding | None, offloaded: bool
+) -> NamedSharding | None:
+  """Returns the sharding, in pinned host memory if it is offloaded."""
+  return sharding.with_memory_kind(HOST) if sharding and offloaded else sharding
 
 
 def _is_on_host(leaf: Any) -> bool:

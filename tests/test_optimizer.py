@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 import flax_mechanic
-from flax_mechanic import mechanize
+from flax_mechanic import UsageError, mechanize
 
 
 class Model(nnx.Module):
@@ -132,3 +134,54 @@ def test_a_train_state_counts_its_steps():
   assert int(state.step) == 1
   state = state.apply_gradients(grads=state.params)
   assert int(state.step) == 2
+
+
+class Line(nnx.Module):
+  def __init__(self, **metadata):
+    self.slope = nnx.Param(jnp.ones(3), **metadata)
+    self.shift = nnx.Param(0.5)
+
+  def __call__(self, x):
+    return x @ self.slope[...] + self.shift.get_value()
+
+
+def assert_is_flax_s(tx, make, before=lambda optimizer: None):
+  """Both optimizers train a model for three steps, and are compared."""
+  trained = []
+  for cls in (nnx.Optimizer, flax_mechanic.Optimizer):
+    model = make()
+    optimizer = cls(model, tx, wrt=nnx.Param)
+    before(optimizer)
+    for _ in range(3):
+      loss = lambda model: jnp.mean((model(jnp.ones((4, 3))) + 5) ** 2)
+      optimizer.update(model, nnx.grad(loss)(model))
+    trained.append(jax.tree.leaves(nnx.as_pure(nnx.state(model))))
+  np.testing.assert_allclose(*map(np.hstack, trained), rtol=1e-6)
+
+
+def test_a_parameter_may_be_a_number():
+  assert_is_flax_s(optax.adam(0.1), Line)
+
+
+def test_what_is_done_to_a_parameter_is_not_done_to_its_moments():
+  clip = lambda variable, value: jnp.clip(value, -1, 1)
+  assert_is_flax_s(
+    optax.sgd(1e-2, momentum=0.9), lambda: Line(on_set_value=clip)
+  )
+
+
+def test_the_learning_rate_can_be_set_in_its_state():
+  config = ConfigDict({"learning_rate": 0.1})
+  tx = flax_mechanic.make_optimizer(flax_mechanic.add_optimizer_config(config))
+
+  def lower(optimizer):
+    state = optax.tree.set(optimizer.opt_state, learning_rate=1e-4)
+    optimizer.opt_state = nnx.data(state)
+
+  assert_is_flax_s(tx, Line, lower)
+
+
+def test_a_parameter_that_holds_several_arrays_is_refused():
+  model = nnx.Dict({"w": nnx.Param({"a": jnp.ones(2), "b": jnp.ones(2)})})
+  with pytest.raises(UsageError, match="the parameter w holds a dict; give"):
+    flax_mechanic.Optimizer(model, optax.adam(0.1))

@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from flax_mechanic.paths import by_path, parameter_of
+from flax_mechanic.paths import by_path, parameters_of
+
+
+def belongs_to(state, parameters):
+  """Returns the leaves of a state with what they belong to."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  found = parameters_of(
+    [(path, leaf.shape) for path, leaf in leaves], parameters
+  )
+  return [
+    (jax.tree_util.keystr(path), leaf, parameter)
+    for (path, leaf), parameter in zip(leaves, found, strict=True)
+  ]
 
 
 def test_a_leaf_of_a_state_belongs_to_the_longest_path_in_its_own():
@@ -14,10 +26,7 @@ def test_a_leaf_of_a_state_belongs_to_the_longest_path_in_its_own():
     name: jax.ShapeDtypeStruct((2,), jnp.float32)
     for name in ("kernel", "head", "head/kernel")
   }
-  found = {
-    jax.tree_util.keystr(path): parameter_of(path, leaf.shape, parameters)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-  }
+  found = {path: each for path, _, each in belongs_to(state, parameters)}
   assert found["['mu']['head']['kernel']"] is parameters["head/kernel"]
   assert found["['nu']"] is None
 
@@ -28,9 +37,10 @@ def test_a_leaf_of_a_state_belongs_to_the_longest_path_in_its_own():
     [2.0, 3.0],
     {"mu": 2.0, "rho": 3.0, "count": 4.0},
     [(2.0, 3.0), (4.0, 5.0)],
+    {"kernel": 2.0, "mu": {"kernel": 3.0}},
     2.0,
   ],
-  ids=["a list", "optax's own names", "pairs", "one array"],
+  ids=["a list", "optax's own names", "pairs", "a layer mu", "one array"],
 )
 def test_what_optax_calls_its_own_is_no_parameter(params):
   params = jax.tree.map(lambda value: jnp.full((4, 4), value), params)
@@ -38,6 +48,5 @@ def test_what_optax_calls_its_own_is_no_parameter(params):
   parameters = by_path(params)
   # A state that holds the parameters in place of their moments.
   state = optax.tree.map_params(tx, lambda _, x: x, tx.init(params), params)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    found = parameter_of(path, leaf.shape, parameters)
+  for _, leaf, found in belongs_to(state, parameters):
     assert found is (leaf if leaf.shape else None)

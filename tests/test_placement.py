@@ -415,6 +415,59 @@ def test_a_model_that_is_annotated_in_part_compiles_once(axis_type):
   assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("name", ["dog", "schedule_free"])
+def test_what_is_evaluated_is_placed_as_what_is_trained(axis_type, name):
+  mesh = make_mesh(axis_type)
+  with jax.set_mesh(mesh):
+    spec = NamedSharding(mesh, P("model", None))
+    params = {"w": jax.device_put(jnp.eye(8), spec)}
+    loss = lambda params: jnp.sum((params["w"] - 2) ** 2)
+    whole, split = (
+      TrainState.create(
+        apply_fn=None, params=params, tx=make_tx(name), shard_over=axes
+      ).minimize(loss)[0]
+      for axes in SHARD_OVER
+    )
+    expected, evaluated = whole.eval_params()["w"], split.eval_params()["w"]
+    assert evaluated.sharding == split.params["w"].sharding
+    np.testing.assert_allclose(evaluated, expected, rtol=1e-6)
+    model = nnx.Dict({"w": nnx.Param(params["w"])})
+    optimizer = Optimizer(model, make_tx(name), shard_over=["data"])
+    optimizer.minimize(model, lambda model: jnp.sum((model["w"] - 2) ** 2))
+    evaluated = optimizer.eval_model(model)["w"].get_value()
+    assert evaluated.sharding == model["w"].get_value().sharding
+    np.testing.assert_allclose(evaluated, expected, rtol=1e-6)
+
+
+def test_axes_of_both_types_are_the_partitioner_s():
+  mesh = jax.make_mesh(
+    (4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit, AxisType.Auto)
+  )
+  with jax.set_mesh(mesh):
+    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("data")))
+    w = jax.device_put(jnp.eye(8), NamedSharding(mesh, P(None, "tensor")))
+    state = TrainState.create(
+      apply_fn=None, params={"w": w}, tx=make_tx("mechanic")
+    )
+    loss = lambda params: jnp.sum((x @ params["w"]) ** 2)
+    step = jax.jit(lambda state: state.minimize(loss))
+    state, _ = step(state)
+  assert state.params["w"].sharding.is_equivalent_to(w.sharding, 2)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_state_of_shapes_says_where_the_arrays_will_be(offload):
+  sharding = NamedSharding(make_mesh(AxisType.Auto), P(None, "model"))
+  w = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)
+  tx = make_tx("mechanic")
+  state = TrainState.create(
+    apply_fn=None, params={"w": w}, tx=tx, offload=offload
+  )
+  wanted = placement.state_sharding(tx, {"w": w}, offload=offload)
+  assert jax.tree.map(lambda x: x.sharding, state.opt_state) == wanted
+
+
 @pytest.mark.parametrize(
   ("shape", "spec", "axes", "wanted"),
   [

@@ -17,7 +17,7 @@ from optax.tree_utils import _tree_math
 from flax_mechanic.extra_args import accepted
 from flax_mechanic.mechanic.held import held_update
 from flax_mechanic.mechanic.offset import widen
-from flax_mechanic.paths import parameter_of, parameter_path
+from flax_mechanic.paths import parameter_path, parameters_of
 from flax_mechanic.placement import Shardings
 
 
@@ -114,21 +114,21 @@ def box_what_fits(
     if not any(map(_is_box, jax.tree.leaves(state, is_leaf=_is_box))):
       return state
     parameters = {
-      parameter_path(path): leaf
+      parameter_path(path): jax.typeof(leaf)
       for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
-    def keep_if_it_fits(path, box):
-      content = _unbox(box)
+    with_paths, treedef = jax.tree_util.tree_flatten_with_path(
+      state, is_leaf=_is_box
+    )
+    found = parameters_of(
+      [(path, getattr(_unbox(box), "shape", None)) for path, box in with_paths],
+      parameters,
+    )
+    return treedef.unflatten(
       # `optax.masked` empties boxes.
-      fits = not jax.tree.leaves(box) or (
-        hasattr(content, "shape")
-        and parameter_of(path, content.shape, parameters) is not None
-      )
-      return box if fits else content
-
-    return jax.tree_util.tree_map_with_path(
-      keep_if_it_fits, state, is_leaf=_is_box
+      box if leaf is not None or not jax.tree.leaves(box) else _unbox(box)
+      for (_, box), leaf in zip(with_paths, found, strict=True)
     )
 
   def update(updates, state, params=None, **extra_args):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 import flax_mechanic
 from flax_mechanic import Optimizer, TrainState
@@ -159,3 +160,19 @@ def test_the_second_gradient_is_of_steepest_ascent_too():
     lambda params: jnp.sum(jnp.abs(params["w"] - 1.0) ** 2)
   )
   np.testing.assert_allclose(state.params["w"], params["w"])
+
+
+def test_a_complex_parameter_s_path_ends_where_its_name_does():
+  config = ConfigDict({"learning_rate": 0.1})
+  flax_mechanic.add_optimizer_config(config, "split_real_and_imaginary")
+  config.no_decay = ("bias$",)
+  config.guard = False  # It skips a first gradient of 0.
+  config.opt.adamw.weight_decay = 0.5
+  tx = flax_mechanic.make_optimizer(config)
+  x = {
+    "bias": jnp.ones(3, jnp.complex64),
+    "kernel": jnp.ones(3, jnp.complex64),
+  }
+  updates, _ = tx.update(optax.tree.zeros_like(x), tx.init(x), x)
+  np.testing.assert_array_equal(updates["bias"], 0)
+  np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)

@@ -262,6 +262,7 @@ class Optimizer(nnx.Optimizer):
     directory: str | os.PathLike[str],
     *,
     params_only: bool = False,
+    config: Any = None,
   ) -> Sequence[str]:
     """Starts model and state where another run's checkpoint ended.
 
@@ -274,6 +275,7 @@ class Optimizer(nnx.Optimizer):
         statistics included.
       directory: a run's --workdir, or a folder that Orbax wrote.
       params_only: whether to leave the saved optimizer's state.
+      config: the job's, an ml_collections one, to be compared with the saved.
 
     Returns:
       Sentences on what was taken and what restarts.
@@ -295,6 +297,7 @@ class Optimizer(nnx.Optimizer):
       init,
       params_only=params_only,
       new=by_path(nnx.as_pure(nnx.state(model, nnx.LoRAParam))).keys(),
+      config=config,
     )
     self._write_state(adopted.opt_state)
     return adopted.notes

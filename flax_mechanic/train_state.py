@@ -204,7 +204,11 @@ class TrainState(train_state.TrainState, kw_only=True):
     )
 
   def init_from(
-    self, directory: str | os.PathLike[str], *, params_only: bool = False
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    params_only: bool = False,
+    config: Any = None,
   ) -> tuple[Self, Sequence[str]]:
     """Returns the state started where another run's checkpoint ended.
 
@@ -215,6 +219,7 @@ class TrainState(train_state.TrainState, kw_only=True):
     Args:
       directory: a run's --workdir, or a folder that Orbax wrote.
       params_only: whether to leave the saved optimizer's state.
+      config: the job's, an ml_collections one, to be compared with the saved.
 
     Returns:
       The state, its `step` as it was, and sentences on what was taken and what
@@ -231,6 +236,7 @@ class TrainState(train_state.TrainState, kw_only=True):
       _trained(self.params),
       functools.partial(self.state_shardings.init, self.tx),
       params_only=params_only,
+      config=config,
     )
     state = self.replace(
       params=_whole(self.params, adopted.params), opt_state=adopted.opt_state

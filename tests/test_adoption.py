@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training import train_state
+from ml_collections import ConfigDict
 from optax import contrib
 
 from flax_mechanic import (
@@ -19,7 +20,9 @@ from flax_mechanic import (
   Optimizer,
   TrainState,
   UsageError,
+  add_optimizer_config,
   load_params,
+  make_optimizer,
   mechanize,
 )
 from flax_mechanic.checkpoints import record
@@ -305,6 +308,36 @@ def test_a_tuner_that_does_not_fit_restarts(run, tx, moments):
     same(mu(state), mu(saved))
   else:
     assert optax.global_norm(mu(state)) == 0.0
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "restarts"),
+  [
+    ("opt.mechanic.groups", "kernel", True),
+    ("opt.mechanic.base", "yogi", True),
+    ("opt.mechanic.eps", 1e-9, False),
+    ("optimizer", "schedule_free", False),
+  ],
+)
+def test_a_tuner_that_learned_something_else_restarts(
+  tmp_path, field, value, restarts
+):
+  # By names and shapes it fits: there are two groups, and yogi has mu and nu.
+  config = add_optimizer_config(ConfigDict(), "mechanic")
+  config.opt.mechanic.groups = "hidden/"
+  config.opt.schedule_free.base = "mechanic"
+  create = lambda: TrainState.create(
+    apply_fn=None, params=network.params(), tx=make_optimizer(config)
+  )
+  with Checkpointer(tmp_path) as checkpointer:
+    saved = create().opt_state._replace(r=jnp.ones((2, 6)))
+    state = {"params": network.params(), "opt_state": saved}
+    checkpointer.save(1, state, config=config)
+  config.update_from_flattened_dict({field: value})
+  _, notes = create().init_from(tmp_path, config=config)
+  taken, *rest = notes[1].split("; restarts: ")
+  assert "mu, nu" in taken
+  assert ("scale" in " ".join(rest)) == restarts
 
 
 def test_parameters_only(run):

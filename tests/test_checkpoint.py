@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -153,6 +154,31 @@ def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
     for config in (elsewhere, None):
       with pytest.raises(UsageError, match="the config is the same"):
         checkpointer.restore(abstract(width=9), config=config)
+
+
+@pytest.mark.parametrize(
+  ("optimizer", "field", "value"),
+  [
+    ("adam", "optimizer", "yogi"),
+    ("mechanic", "opt.mechanic.base", "yogi"),
+    ("mechanic", "opt.mechanic.groups", "kernel$"),
+  ],
+)
+def test_arrays_that_mean_something_else_do_not_fit(
+  tmp_path, optimizer, field, value
+):
+  config = add_optimizer_config(ConfigDict(), optimizer)
+  state = {"mu": jnp.ones(2)}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state, config=config)
+    # An option that changes no meaning, and one of a method not in use.
+    config.update_from_flattened_dict({"guard": False, "opt.sam.base": "lion"})
+    checkpointer.restore(state, config=config)
+    config.update_from_flattened_dict({field: value})
+    sentence = f"means something else): config.{field} was "
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+      checkpointer.restore(state, config=config)
+    checkpointer.restore(state, config=config, part=True)
 
 
 def test_a_step_that_is_not_there_is_named(tmp_path):

@@ -29,6 +29,7 @@ class Functions:
 
   Attributes:
     task: the data, the model and the loss.
+    config: the job's.
     abstract: the model and its optimizer, shapes instead of arrays.
     graphdef: what turns a state back into a model and its optimizer.
   """
@@ -44,7 +45,7 @@ class Functions:
       tx: the optimizer; a traced learning rate may be part of it.
     """
     self.task = task
-    self._config = config
+    self.config = config
     self._tx = tx
     self.abstract = nnx.eval_shape(lambda: self._create_objects(0))
     self.graphdef = nnx.graphdef(self.abstract)
@@ -87,7 +88,7 @@ class Functions:
   def _create_objects(
     self, seed: jax.typing.ArrayLike, start: Any = None
   ) -> dict[str, Any]:
-    config = self._config
+    config = self.config
     model = self.task.create_model(nnx.Rngs(jax.random.key(seed)))
     if start is not None:
       nnx.update(model, start)
@@ -150,7 +151,10 @@ class Job:
     """
     objects = nnx.merge(self.functions.graphdef, self.create())
     notes = objects["optimizer"].init_from(
-      objects["model"], directory, params_only=params_only
+      objects["model"],
+      directory,
+      params_only=params_only,
+      config=self.functions.config,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.target)
     return jax.device_put(nnx.state(objects), shardings), notes

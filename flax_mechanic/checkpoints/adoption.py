@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from flax_mechanic.checkpoints import record as record_lib
 from flax_mechanic.checkpoints import storage
@@ -85,6 +86,7 @@ def adopt(
   *,
   params_only: bool = False,
   new: Collection[str] = (),
+  config: ConfigDict | None = None,
 ) -> Adopted:
   """Starts an optimizer where another run's checkpoint ended.
 
@@ -101,6 +103,9 @@ def adopt(
     params_only: whether to ignore the saved optimizer's state.
     new: paths, such as "head/kernel", of parameters that the folder may lack;
       those that it lacks stay as they are in `params`.
+    config: the new run's, to be compared with one that `Checkpointer` saved:
+      the tuner restarts if its `groups` or its base are others. Without it,
+      that is told by shapes and the names of fields alone.
 
   Returns:
     The parameters, the state over them, and notes on both.
@@ -126,7 +131,10 @@ def adopt(
     notes.append(f"not in it, and new: {len(missing)} parameters")
   opt_state = init(params)
   if not params_only:
-    opt_state, note = _load_opt_state(saved, params, opt_state)
+    keeps_tuner = record_lib.same_tuner(
+      saved.config, record_lib.flat_config(config)
+    )
+    opt_state, note = _load_opt_state(saved, params, opt_state, keeps_tuner)
     notes.append(note)
   return Adopted(params, opt_state, notes)
 
@@ -138,6 +146,7 @@ class _Checkpoint:
     name: its folder, that of the newest step if there are several.
     shapes: path of a leaf -> its shape. The path starts with the item's name;
       NNX's "value" at the end is left out.
+    config: field -> value, if a run of ours saved it.
   """
 
   def __init__(self, directory: str | os.PathLike[str]):
@@ -146,11 +155,12 @@ class _Checkpoint:
       given = given.absolute()
     self.name, folders = _find(given)
     self.shapes: dict[str, tuple[int, ...]] = {}
+    self.config: Mapping[str, Any] = {}
     self._items: list[_Item] = []
     for name, folder in folders.items():
       with _advice():
         arrays = SavedArrays(folder, self.name)
-        descriptions = _descriptions(folder, self.name)
+        record = _record(folder, self.name)
       # The leaves of an nnx.State are variables, each with a value.
       of_nnx = all(path.endswith("/value") for path in arrays.shapes)
       paths = {}
@@ -158,7 +168,8 @@ class _Checkpoint:
         short = path.removesuffix("/value") if of_nnx else path
         full = f"{name}/{short}" if name else short
         paths[full], self.shapes[full] = path, shape
-      self._items.append(_Item(arrays, paths, descriptions))
+      self.config = record.get("config", self.config)
+      self._items.append(_Item(arrays, paths, record.get("arrays")))
 
   def load(self, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Returns path -> array, placed and cast as wanted.
@@ -197,10 +208,10 @@ class _Item(NamedTuple):
   descriptions: Descriptions | None
 
 
-def _descriptions(item: Any, name: str) -> Descriptions | None:
-  """Returns what a run of ours saved of an item's arrays."""
+def _record(item: Any, name: str) -> Mapping[str, Any]:
+  """Returns what a run of ours saved beside an item, if it is of one."""
   if item.name != "state" or not (item.parent / "record").is_dir():
-    return None
+    return {}
   record = record_lib.read(item.parent, name)
   number = item.parent.name
   if number.isdecimal() and int(number) != record["step"]:
@@ -208,7 +219,7 @@ def _descriptions(item: Any, name: str) -> Descriptions | None:
       f"{item.parent} was saved as step {record['step']}; rename the folder to "
       f"{record['step']}, or name the folder of another step"
     )
-  return record["arrays"]
+  return record
 
 
 @contextlib.contextmanager
@@ -321,7 +332,10 @@ def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:
 
 
 def _load_opt_state(
-  saved: _Checkpoint, params: optax.Params, opt_state: optax.OptState
+  saved: _Checkpoint,
+  params: optax.Params,
+  opt_state: optax.OptState,
+  keeps_tuner: bool,
 ) -> tuple[optax.OptState, str]:
   """Returns the state with all that fits of the saved one, and a note on it."""
   leaves, parameters = by_path(opt_state), by_path(params)
@@ -332,7 +346,7 @@ def _load_opt_state(
     if not _is_mechanic(fields) and not _holds_parameters(fields):
       continue  # A schedule's count, an injected learning rate.
     source = _find_state(node, here, there, leaves, saved.shapes)
-    if source is None:
+    if source is None or (_is_mechanic(fields) and not keeps_tuner):
       restarts |= fields.keys()
       continue
     taken |= fields.keys()

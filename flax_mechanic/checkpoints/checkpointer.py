@@ -215,6 +215,7 @@ class Checkpointer:
         aside with a warning: their folders are renamed to damaged_STEP, or
         marked in a bucket.
       config: the run's present config, to be compared with the saved one.
+        Another optimizer, base or `groups` does not fit.
       part: whether `target` may be a part of what was saved. Nothing else is
         read then, or verified.
 
@@ -342,9 +343,12 @@ class Checkpointer:
     record = self._read(step)
     changed = record_lib.changed(record["config"], config)
     pure, descriptions = _pure(target), record["arrays"]
-    self._check_fit(
-      step, record_lib.differences(descriptions, pure, part=part), changed
-    )
+    differences = record_lib.differences(descriptions, pure, part=part)
+    meaning = record_lib.meaning(record["config"]).keys() & changed.keys()
+    if meaning and not differences and not part:
+      differences = ["the optimizer's state means something else"]
+      changed = {field: changed[field] for field in meaning}
+    self._check_fit(step, differences, changed)
     if self._read_only:  # The target may be what the folder asks for.
       check_size(*self._folder(step), descriptions)
     leaves = by_path(pure)

@@ -1,5 +1,6 @@
 """What a checkpoint says beside its arrays, and how it differs from a run."""
 
+import itertools
 import json
 import re
 import zlib
@@ -108,6 +109,44 @@ def differing(
     for key in sorted(saved.keys() | present.keys())
     if saved.get(key) != present.get(key)
   }
+
+
+def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields that say what an optimizer's state means.
+
+  Moments of two optimizers may have the same names and shapes, and so may the
+  scales of other groups.
+
+  Args:
+    config: field -> value, as `flat_config` returns it.
+
+  Returns:
+    Field -> value: of each method in use, the outermost first, how it groups
+    the parameters and which one it wraps.
+  """
+  found: dict[str, Any] = {}
+  field = "optimizer"
+  while field in config and field not in found:
+    name = found[field] = config[field]
+    groups, field = f"opt.{name}.groups", f"opt.{name}.base"
+    if groups in config:
+      found[groups] = config[groups]
+  return found
+
+
+def same_tuner(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
+  """Whether two configs, as far as they tell, learn the same scales.
+
+  That is for the same groups over the same base, whatever is around the tuner.
+  """
+
+  def learned_for(config):
+    is_outside = lambda field: not field.endswith(".groups")
+    fields = meaning(config)
+    return [fields[each] for each in itertools.dropwhile(is_outside, fields)]
+
+  here, there = learned_for(present), learned_for(saved)
+  return here == there or not here or not there
 
 
 def differences(

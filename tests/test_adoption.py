@@ -212,6 +212,13 @@ def test_other_folders_in_a_workdir_are_ignored(run, tmp_path):
   same(state.params, saved.params)
 
 
+def test_what_is_known_of_gradients_goes_on(run):
+  folder, saved = run
+  state, (_, note) = ours({}, steps=0).init_from(folder)
+  assert "s, scale, sizes, v" in note
+  same(state.opt_state.sizes, saved.opt_state.sizes)
+
+
 FORMER = {"initial_scale": "s_init"}
 
 

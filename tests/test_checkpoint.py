@@ -24,7 +24,7 @@ from flax_mechanic import (
   make_optimizer,
   mechanize,
 )
-from flax_mechanic.mechanic.sizes import Sizes
+from flax_mechanic.mechanic.sizes import YOUNG, Sizes
 from tests import network
 
 
@@ -397,6 +397,7 @@ def test_the_guard_is_put_around_a_saved_state_or_off(tmp_path, name, guarded):
   jax.tree.map(
     np.testing.assert_array_equal, leaves(restored, False), leaves(saved, False)
   )
-  # Nothing is known, and no gradient counts as one of the first.
+  # Nothing is known, and there is no start to go back to.
   assert len(leaves(restored, True)) == (0 if guarded else len(Sizes._fields))
-  assert not any(np.any(leaf) for leaf in leaves(restored, True))
+  for field, leaf in zip(Sizes._fields, leaves(restored, True), strict=False):
+    np.testing.assert_array_equal(leaf, -YOUNG if field == "young" else 0)

@@ -26,10 +26,11 @@ from train.faults import gradients
 from train.tasks.digits import Digits
 
 
-def judge(norms, factor=sizes.FACTOR):
+def judge(norms, factor=sizes.FACTOR, young=sizes.YOUNG):
   """Returns the verdicts on gradients, given by the norms of their parts."""
   step = jax.jit(functools.partial(sizes.judge, factor=factor))
   state = sizes.init(np.size(norms[0]), jnp.float32)
+  state = state._replace(young=jnp.int32(young))
   verdicts = []
   for each in norms:
     verdict, state = step(state, jnp.square(jnp.asarray(each, jnp.float32)))
@@ -163,6 +164,17 @@ def test_first_gradients_that_were_bad():
   # Not later, and not if they are not that much smaller.
   for norms in ([*GOOD, 1e-3], [1.0, 0.03], [0.1**i for i in range(10)]):
     assert not any(verdict.restart for verdict in judge(norms)[0])
+
+
+def test_the_first_that_are_known_of_a_saved_run():
+  unknown = functools.partial(judge, young=-sizes.YOUNG)
+  # Less is known, as at the start, but there is no start to go back to.
+  for norms in ([1.0, *[6.0] * 30], [*GOOD, 15.0]):
+    ok = lambda judged: [verdict.ok for verdict in judged[0]]
+    assert ok(unknown(norms)) == ok(judge(norms))
+  verdicts, state = unknown([1e3, *[1.0] * 20])
+  assert not any(verdict.restart for verdict in verdicts)
+  assert state.young == 0
 
 
 def test_zeros_are_none():

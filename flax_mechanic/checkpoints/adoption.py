@@ -23,7 +23,7 @@ from flax_mechanic.checkpoints.arrays import (
   Descriptions,
   SavedArrays,
 )
-from flax_mechanic.checkpoints.renamed import TUNER, former
+from flax_mechanic.checkpoints.renamed import TUNER, former, is_size
 from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import by_path, leaf_path
 
@@ -345,11 +345,12 @@ def _load_opt_state(
   for node, fields in here.items():
     if not _is_mechanic(fields) and not _holds_parameters(fields):
       continue  # A schedule's count, an injected learning rate.
+    names = {field.split("/")[0] for field in fields}
     source = _find_state(node, here, there, leaves, saved.shapes)
     if source is None or (_is_mechanic(fields) and not keeps_tuner):
-      restarts |= fields.keys()
+      restarts |= names
       continue
-    taken |= fields.keys()
+    taken |= names
     if _is_mechanic(fields):
       values |= _load_mechanic(saved, source, fields, leaves, parameters)
       continue
@@ -388,7 +389,9 @@ def _states(
     start = next(
       (i for i in starts if "/".join(names[i:]) in parameters), len(names)
     )
-    node, field = "/".join(names[: start - 1]), names[start - 1]
+    # What is known of gradients' sizes belongs to Mechanic's own state.
+    end = start - 2 if start == len(names) and is_size(path) else start - 1
+    node, field = "/".join(names[:end]), "/".join(names[end:start])
     fields = found.setdefault(node, {}).setdefault(field, {})
     fields["/".join(names[start:])] = path
   return found

@@ -26,7 +26,7 @@ from flax_mechanic.checkpoints.arrays import (
 )
 from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.checkpoints.lock import Lock
-from flax_mechanic.checkpoints.renamed import saved_paths
+from flax_mechanic.checkpoints.renamed import saved_paths, unknown
 from flax_mechanic.checkpoints.retention import Retention
 from flax_mechanic.checkpoints.storage import failure, storage, trouble
 from flax_mechanic.errors import UsageError, no_room, printable
@@ -360,7 +360,8 @@ class Checkpointer:
     def value(path, leaf):
       if (source := sources.get(leaf_path(path))) is None:
         sharding = getattr(leaf, "sharding", None)
-        return jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+        start = unknown(leaf_path(path))
+        return jnp.full(leaf.shape, start, leaf.dtype, device=sharding)
       return _cast(found[source], leaf)
 
     arrays = jax.tree_util.tree_map_with_path(value, pure)

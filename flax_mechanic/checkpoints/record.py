@@ -18,7 +18,7 @@ from flax_mechanic.checkpoints.arrays import (
   describe,
   read_on_all,
 )
-from flax_mechanic.checkpoints.renamed import is_gone, is_new, saved_paths
+from flax_mechanic.checkpoints.renamed import is_gone, is_size, saved_paths
 
 _LIBRARIES = ("flax", "jax", "optax", "orbax-checkpoint")
 
@@ -162,7 +162,7 @@ def differences(
   wanted = {path: each["shape"] for path, each in describe(tree).items()}
   sources = saved_paths(wanted, descriptions)
   missing = [
-    path for path in wanted.keys() - sources.keys() if not is_new(path)
+    path for path in wanted.keys() - sources.keys() if not is_size(path)
   ]
   unwanted = [
     path

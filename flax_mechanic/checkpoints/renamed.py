@@ -7,7 +7,7 @@ read as one whose gradients are not known yet.
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from flax_mechanic.mechanic.sizes import Sizes
+from flax_mechanic.mechanic.sizes import YOUNG, Sizes
 
 # Mechanic's state, ours or optax's, has these fields, whatever else it has.
 TUNER = frozenset({"r", "m", "v", "s"})
@@ -39,9 +39,14 @@ def is_gone(path: str, saved: Collection[str]) -> bool:
   return bool(of_mechanic or _GONE.search(path) or _SIZES.search(path))
 
 
-def is_new(path: str) -> bool:
-  """Whether a leaf is one that a checkpoint may lack; it is then 0."""
+def is_size(path: str) -> bool:
+  """Whether a leaf, which a checkpoint may lack, is what the guard knows."""
   return bool(_SIZES.search(path))
+
+
+def unknown(path: str) -> int:
+  """Returns the value of a leaf that a checkpoint lacks."""
+  return -YOUNG if path.endswith("sizes/young") else 0
 
 
 def former(field: str) -> str:

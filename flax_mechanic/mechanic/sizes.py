@@ -51,7 +51,8 @@ class Sizes(NamedTuple):
     spikes: scalar, how many spikes there were of late, those in a row counted
       as one; each gradient that is none takes 1/64 away.
     young: int32 scalar, how many gradients are still to come that count as the
-      first ones.
+      first ones; negative if others were before them, of which nothing is
+      known, so that there is no start to go back to.
     skipped: int32 scalar, gradients skipped so far.
     skipped_in_a_row: int32 scalar, those since the last that was accepted.
   """
@@ -141,7 +142,7 @@ def judge(
   after_bad = jnp.where(state.skipped_in_a_row > 0, _AFTER_BAD, jnp.inf)
   factors = jnp.full_like(norms, _OF_PART).at[0].set(1.0)
   factors *= jnp.minimum(factor, after_bad)
-  limits = factors * (1 + state.young) * state.peak
+  limits = factors * (1 + jnp.abs(state.young)) * state.peak
   is_spike = judged & jnp.any(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
@@ -189,7 +190,7 @@ def judge(
     pending=jnp.where(finite, pending, state.pending),
     unusual=jnp.where(finite, jnp.where(lasting, 0, unusual), state.unusual),
     spikes=jnp.where(lasting, 0.0, spikes),
-    young=jnp.maximum(state.young - (finite & (norm > 0)), 0),
+    young=state.young - (finite & (norm > 0)) * jnp.sign(state.young),
     skipped=state.skipped + skipped,
     skipped_in_a_row=jnp.where(skipped, state.skipped_in_a_row + 1, 0),
   )

@@ -11,7 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from flax.training import train_state
+from flax.training import checkpoints, train_state
 from ml_collections import ConfigDict
 from optax import contrib
 
@@ -404,6 +404,25 @@ def test_lora_starts_from_a_model_with_or_without_it(tmp_path):
   save_standard(tmp_path / "less", nnx.state(base))
   with pytest.raises(UsageError, match="holds no kernel"):
     optimizer.init_from(model, tmp_path / "less")
+
+
+def test_the_newest_of_steps_of_one_item_each(tmp_path):
+  w = {"w": jnp.ones(2)}
+  for step in (7, 30):
+    tree = {"params": {"w": jnp.full(2, step)}}
+    checkpoints.save_checkpoint(tmp_path / "flax", tree, step, keep=2)
+    save_standard(tmp_path / "orbax" / f"step_{step}", tree)
+  for folder in ("flax", "orbax"):
+    same(load_params(tmp_path / folder, w), {"w": jnp.full(2, 30.0)})
+
+
+def test_items_may_have_numbers(tmp_path):
+  w, zero = {"w": jnp.ones(2)}, {"w": jnp.zeros(2)}
+  with ocp.CheckpointManager(tmp_path) as manager:
+    items = {"params": w, "ema_99": zero, "opt_1": {"mu": zero}}
+    items = {k: ocp.args.StandardSave(item) for k, item in items.items()}
+    manager.save(1, args=ocp.args.Composite(**items))
+  same(load_params(tmp_path, zero), w)
 
 
 def test_two_copies_are_one_too_many(tmp_path):

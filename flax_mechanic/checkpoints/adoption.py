@@ -243,7 +243,10 @@ def _find(given: Any) -> tuple[str, dict[str, Any]]:
   if (given / "_METADATA").is_file():
     return str(given), {"": given}
   items = {each.parent.name: each.parent for each in given.glob("*/_METADATA")}
-  if items:
+  # A folder of steps of one item each looks the same, but Orbax describes it
+  # nowhere.
+  is_step = (given / "_CHECKPOINT_METADATA").is_file()
+  if items and (is_step or not any(map(_is_numbered, items))):
     return str(given), items
   saved = [
     each
@@ -254,8 +257,7 @@ def _find(given: Any) -> tuple[str, dict[str, Any]]:
   steps = [
     each
     for each in saved
-    if re.fullmatch(r"(.*_)?\d+", each.name)
-    and not each.name.startswith("damaged_")
+    if _is_numbered(each.name) and not each.name.startswith("damaged_")
   ]
   if not saved:
     raise UsageError(f"{given} holds no checkpoint that Orbax wrote")
@@ -265,6 +267,11 @@ def _find(given: Any) -> tuple[str, dict[str, Any]]:
       f"as {max(saved)}"
     )
   return _find(max(steps, key=lambda step: int(step.name.split("_")[-1])))
+
+
+def _is_numbered(name: str) -> bool:
+  """Whether a folder's name is a step's, such as "12" or "checkpoint_12"."""
+  return bool(re.fullmatch(r"(.*_)?\d+", name))
 
 
 def _load_params(

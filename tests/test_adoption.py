@@ -432,8 +432,34 @@ def test_two_copies_are_one_too_many(tmp_path):
   )
   same(load_params(tmp_path / "two", w), w)  # By the usual name.
   save_standard(tmp_path / "odd", {"ema": w, "raw": w})
-  with pytest.raises(UsageError, match="under each of ema/, raw/"):
+  with pytest.raises(UsageError, match=r"ema/, raw/; .*, {'ema': params}\)"):
     load_params(tmp_path / "odd", w)
+  same(load_params(tmp_path / "odd", {"ema": w})["ema"], w)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("inner", [[], ["params"]])
+def test_an_average_beside_the_state_is_not_taken(tmp_path, momentum, inner):
+  def nested(value):
+    tree = {"w": jnp.full(2, value)}
+    return dict.fromkeys(inner, tree) or tree
+
+  state = {"params": nested(1.0), "opt_state": [{"count": jnp.int32(0)}]}
+  if momentum:
+    state["opt_state"] += [{"trace": nested(2.0)}]
+  tree = {"state": state, "ema_params": nested(3.0)}
+  save_standard(tmp_path / "one", tree)
+  with ocp.CheckpointManager(tmp_path / "items") as manager:
+    items = {k: ocp.args.StandardSave(item) for k, item in tree.items()}
+    manager.save(1, args=ocp.args.Composite(**items))
+  w = {"w": jnp.zeros(2)}
+  for folder in ("one", "items"):
+    if momentum:
+      same(load_params(tmp_path / folder, w), {"w": jnp.ones(2)})
+      continue
+    # Without an optimizer's trees, nothing tells which of them it trained.
+    with pytest.raises(UsageError, match=r"under each of ema_params/.*state/"):
+      load_params(tmp_path / folder, w)
 
 
 def test_a_damaged_array_is_named(run, tmp_path):

@@ -28,6 +28,8 @@ from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import by_path, leaf_path
 
 _OFFSETS = ("x0", "delta")
+# How prefixes of parameters usually end.
+_USUAL = re.compile(r"(?:(?:^|(?<=/))(?:params|model)/)+$")
 
 # Field -> path of a parameter, or "" for a field that is one leaf -> path.
 _Fields = Mapping[str, Mapping[str, str]]
@@ -308,14 +310,8 @@ def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:
     for path in saved.shapes
     if path == first or path.endswith(f"/{first}")
   }
-  # An optimizer's trees like the parameters are nested deeper.
   complete = sorted(
-    (
-      start
-      for start in starts
-      if all(start + p in saved.shapes for p in wanted)
-    ),
-    key=lambda start: (start.count("/"), start),
+    start for start in starts if all(start + p in saved.shapes for p in wanted)
   )
   if not complete:
     best = max(
@@ -328,14 +324,41 @@ def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:
       f"{saved.name} holds no {', '.join(missing[:3])}{more}; train the model "
       "that was saved"
     )
-  rivals = [s for s in complete if s.count("/") == complete[0].count("/")]
-  usual = [s for s in rivals if s.split("/")[-2:-1] in (["params"], ["model"])]
-  if len(rivals) > 1 and len(usual) != 1:
-    raise UsageError(
-      f"{saved.name} holds such parameters under each of {', '.join(rivals)}; "
-      "name a folder with one of them"
+  return _choose(saved.name, complete)
+
+
+def _choose(name: str, starts: Sequence[str]) -> str:
+  """Returns which of the prefixes is that of the parameters.
+
+  An optimizer's trees like the parameters are nested deeper. An average of them
+  may not be, but has no optimizer beside it.
+
+  Args:
+    name: of the checkpoint.
+    starts: the prefixes of all trees like the parameters.
+  """
+  folder = lambda start: _USUAL.sub("", start)
+  depth = lambda start: folder(start).count("/")
+  is_within = lambda start, other: start != other and start.startswith(other)
+  starts = [s for s in starts if not any(is_within(s, o) for o in starts)]
+  least = min(map(depth, starts))
+  rivals = [start for start in starts if depth(start) == least]
+  trained = [
+    start
+    for start in rivals
+    if any(
+      depth(other) > least and other.startswith(folder(start))
+      for other in starts
     )
-  return (usual if len(rivals) > 1 else complete)[0]
+  ]
+  for found in (rivals, trained):
+    if len(found) == 1:
+      return found[0]
+  raise UsageError(
+    f"{name} holds such parameters under each of {', '.join(rivals)}; name a "
+    "folder with one of them, or load one by its path: "
+    f"load_params(FOLDER, {{{rivals[0][:-1]!r}: params}})"
+  )
 
 
 def _load_opt_state(

@@ -24,6 +24,7 @@ from flax_mechanic import (
   make_optimizer,
   mechanize,
 )
+from flax_mechanic.checkpoints import checkpointer as checkpointer_lib
 from flax_mechanic.mechanic.sizes import YOUNG, Sizes
 from tests import network
 
@@ -197,6 +198,78 @@ def test_python_scalars_come_back(tmp_path):
     restored = checkpointer.restore({"step": 0, "w": jnp.zeros(2)}).state
   assert restored["step"] == 3
   np.testing.assert_array_equal(restored["w"], 1)
+
+
+FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("saved", "target"),
+  [
+    (2, jnp.int32(0)),
+    (-2, jax.ShapeDtypeStruct((), jnp.int32)),
+    (jnp.int32(2), 0),
+    (2**40, 0),
+    (2**40, np.int64(0)),
+    (0.5, FLOAT),
+    (jnp.bfloat16(0.5), 0.0),
+    (1e300, 0.0),
+    (True, jnp.bool_(False)),
+    (np.int64(2), jnp.int32(0)),
+    (np.arange(3.0), jnp.zeros(3)),
+    (np.arange(3) - 2**40, np.zeros(3, np.int64)),
+  ],
+)
+def test_numbers_of_python_numpy_and_jax_are_cast(tmp_path, saved, target):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"n": saved, "w": jnp.ones(2)})
+    checkpointer.verify(1)
+    restored = checkpointer.restore({"n": target, "w": jnp.ones(2)}).state["n"]
+  np.testing.assert_array_equal(restored, saved)
+  kinds = jax.Array if isinstance(target, jax.ShapeDtypeStruct) else object
+  assert isinstance(restored, kinds)
+  assert getattr(restored, "dtype", type(restored)) == getattr(
+    target, "dtype", type(target)
+  )
+
+
+@pytest.mark.parametrize(
+  ("saved", "target", "problem"),
+  [
+    (0.5, 0, "n is float64 there and int here"),
+    (jnp.ones(3), jnp.zeros(3, int), "n is float32 there and int32 here"),
+    (2, True, "n is int64 there and bool here"),
+    (2**40, jnp.int32(0), "array n of step 1 .* is too large for int32; rest"),
+  ],
+)
+def test_a_cast_that_loses_something_is_refused(
+  tmp_path, saved, target, problem
+):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"n": saved})
+    with pytest.raises(UsageError, match=problem):
+      checkpointer.restore({"n": target})
+  assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_python_numbers_as_they_were_described_once(tmp_path, monkeypatch):
+  state = {"n": 3, "f": 0.1, "b": True}
+  with Checkpointer(tmp_path) as checkpointer:
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpointer_lib, "_array", lambda leaf: leaf)
+      checkpointer.save(1, state)
+    arrays = checkpointer.read(1)["arrays"]
+    assert arrays["n"] == {
+      "shape": [],
+      "dtype": "<class 'int'>",
+      "checksum": "00000003" * 2,
+    }
+    checkpointer.verify(1)
+    assert checkpointer.restore({"n": 0, "f": 0.0, "b": False}).state == state
+    with pytest.raises(
+      UsageError, match="f is <class 'float'> there and int h"
+    ):
+      checkpointer.restore({"n": 0, "f": 0, "b": False})
 
 
 def test_a_part_of_what_was_saved(tmp_path):

@@ -34,10 +34,18 @@ def test_the_sums_are_those_of_the_docstring():
   assert checksums([jnp.complex64(1 + 1j)]) == {"0": by_hand([0x3F800000] * 2)}
 
 
+DOUBLES = np.random.default_rng(0).normal(size=(3, 5))
+
+
 def test_doubles(x64):
-  doubles = np.random.default_rng(0).normal(size=(3, 5))
-  words = doubles.view(np.uint32)
-  assert checksums([jnp.asarray(doubles)]) == {"0": by_hand(words)}
+  words = DOUBLES.view(np.uint32)
+  assert checksums([jnp.asarray(DOUBLES)]) == {"0": by_hand(words)}
+
+
+@pytest.mark.parametrize("array", [DOUBLES, DOUBLES.T, np.int64(2**40 + 1)])
+def test_arrays_that_jax_holds_only_with_x64(array):
+  words = np.ravel(array).view(np.uint32)
+  assert checksums([array]) == {"0": by_hand(words)}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ _T = TypeVar("_T")
 
 # More than what is all zeros shrinks by where Orbax compresses it: 2^15, zstd.
 _RATIO = 2**16
+# What development versions of 0.1.0 called the dtype of a Python number.
+_FORMER_NUMBERS = {str(type(each)): each for each in (False, 0, 0.0)}
 # Seconds to wait for the other arrays where one cannot be read.
 _PATIENCE = 2.0
 
@@ -79,8 +81,9 @@ class SavedArrays:
       wanted: path -> an array, or its shape, dtype and sharding. Only a random
         key's dtype matters: other arrays keep the dtype that they were saved
         in. An array without a sharding gets the one that it was saved with,
-        or is placed on one device if those devices are not here. A Python
-        number stands for one of its type.
+        or is placed on one device if those devices are not here. For a Python
+        number NumPy's array is read, and so it is where jax cannot hold the
+        dtype without x64.
       descriptions: what was saved, to verify what is read.
 
     Returns:
@@ -110,11 +113,34 @@ class SavedArrays:
     for path, (blocks, _) in dealt.items():
       arrays[path] = blocks.share(targets[path], arrays.pop(path))
     if descriptions is not None:
-      found = describe(arrays, checksums(arrays))
+      read = {
+        path: _as_described(array, descriptions.get(path))
+        for path, array in arrays.items()
+      }
+      found = describe(read, checksums(read))
       wrong = [path for path in found if found[path] != descriptions.get(path)]
       if wrong:
         raise DamageError(f"{_listed(wrong)} of {self._name} is damaged")
-    return arrays
+    return {
+      path: self._placed(path, array, wanted[path])
+      for path, array in arrays.items()
+    }
+
+  def _placed(self, path: str, array: Any, wanted: Any) -> Any:
+    """Returns an array in jax, if it was read for jax but is NumPy's."""
+    if (
+      isinstance(array, jax.Array)
+      or not isinstance(wanted, jax.Array | jax.ShapeDtypeStruct)
+      or not _in_jax(wanted.dtype)
+    ):
+      return array
+    cast = array.astype(wanted.dtype)
+    if array.dtype.kind in "iu" and not np.array_equal(cast, array):
+      raise UsageError(
+        f"array {path} of {self._name} is too large for {wanted.dtype}; "
+        "restore it into NumPy's array or a Python number"
+      )
+    return jax.device_put(cast, wanted.sharding)
 
   def _restore(self, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Has Orbax read path -> what it wants to know of an array."""
@@ -217,8 +243,8 @@ def described(
     DamageError: no array can be of that dtype.
   """
   name = description["dtype"]
-  if name.startswith("<class"):  # A Python number.
-    return 0
+  if name in _FORMER_NUMBERS:
+    return _FORMER_NUMBERS[name]
   key = jax.eval_shape(jax.random.key, 0).dtype
   try:
     dtype = key if name.startswith("key") else jnp.dtype(name)
@@ -261,8 +287,9 @@ def _patience() -> Iterator[None]:
 
 def _as_saved(saved: Any, wanted: Any) -> Any:
   """Returns what Orbax wants to know of an array to read it as it was saved."""
-  if not hasattr(wanted, "dtype"):
-    return wanted
+  kept = getattr(saved, "dtype", None) or jnp.result_type(wanted)
+  if not hasattr(wanted, "dtype") or not _in_jax(kept):
+    return jax.ShapeDtypeStruct(jnp.shape(wanted), kept)
   sharding = getattr(wanted, "sharding", None)
   if sharding is None and getattr(saved, "sharding", None) is not None:
     try:
@@ -270,8 +297,19 @@ def _as_saved(saved: Any, wanted: Any) -> Any:
     except ValueError:  # It is of devices that are not here.
       sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   is_key = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
-  dtype = wanted.dtype if is_key else getattr(saved, "dtype", wanted.dtype)
+  dtype = wanted.dtype if is_key else kept
   return jax.ShapeDtypeStruct(wanted.shape, dtype, sharding=sharding)
+
+
+def _in_jax(dtype: Any) -> bool:
+  """Whether jax can hold a dtype; those of 64 bits only with x64."""
+  return jax.dtypes.canonicalize_dtype(dtype) == dtype
+
+
+def _as_described(array: Any, description: Mapping[str, Any] | None) -> Any:
+  """Returns an array as what its checksum is that of."""
+  former = description and description["dtype"] in _FORMER_NUMBERS
+  return array.item() if former else array
 
 
 def _chunk(saved: Any, wanted: Any) -> Sequence[int] | None:

@@ -35,6 +35,9 @@ from flax_mechanic.paths import by_path, leaf_path
 # Above every step; counts of updates are int32.
 _STEPS = 2**31
 
+# Each can be cast to the ones after it.
+_KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+
 
 class Restored(NamedTuple):
   """What `Checkpointer.restore` returns.
@@ -170,13 +173,14 @@ class Checkpointer:
         arrays have one path, such as those of {"a/b": x, "a": {"b": y}}.
     """
     pure, numbers = _pure(state), dict(metrics or {})
+    arrays = jax.tree.map(_array, pure)
     record = {
       "step": step,
       "config": record_lib.flat_config(config),
       "data": dict(data or {}),
       "metrics": numbers,
       "versions": record_lib.versions(),
-      "arrays": describe(pure, checksums(pure)),
+      "arrays": describe(arrays, checksums(arrays)),
     }
     steps = self.steps()
     if steps and step <= steps[-1]:
@@ -210,7 +214,9 @@ class Checkpointer:
     """Restores a step into the structure, dtypes and placement of `target`.
 
     Args:
-      target: what was saved, as arrays or `jax.ShapeDtypeStruct`s.
+      target: what was saved, as arrays, `jax.ShapeDtypeStruct`s or Python
+        numbers. To each of them what was saved is cast, but not a float to an
+        int, and no int that is too large.
       step: by default the newest intact one. Newer steps, all damaged, are set
         aside with a warning: their folders are renamed to damaged_STEP, or
         marked in a bucket.
@@ -343,7 +349,17 @@ class Checkpointer:
     record = self._read(step)
     changed = record_lib.changed(record["config"], config)
     pure, descriptions = _pure(target), record["arrays"]
-    differences = record_lib.differences(descriptions, pure, part=part)
+    leaves = by_path(pure)
+    sources = saved_paths(leaves, descriptions)
+    differences = [
+      *record_lib.differences(descriptions, pure, part=part),
+      *(
+        f"{path} is {descriptions[source]['dtype']} there and "
+        f"{getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} here"
+        for path, source in sources.items()
+        if _is_lossy(described(descriptions[source], None), leaves[path])
+      ),
+    ]
     meaning = record_lib.meaning(record["config"]).keys() & changed.keys()
     if meaning and not differences and not part:
       differences = ["the optimizer's state means something else"]
@@ -351,8 +367,6 @@ class Checkpointer:
     self._check_fit(step, differences, changed)
     if self._read_only:  # The target may be what the folder asks for.
       check_size(*self._folder(step), descriptions)
-    leaves = by_path(pure)
-    sources = saved_paths(leaves, descriptions)
     found = self._arrays(step).read(
       {source: leaves[path] for path, source in sources.items()}, descriptions
     )
@@ -441,12 +455,27 @@ class Checkpointer:
       )
 
 
+def _array(leaf: Any) -> Any:
+  """Returns a Python number as NumPy's array, and an array as it is."""
+  return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+
+
+def _is_lossy(saved: Any, target: Any) -> bool:
+  """Whether a cast to the target loses what was saved, as of float to int."""
+  dtypes = [_array(leaf).dtype for leaf in (saved, target)]
+  kinds = [
+    next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(each, kind)), -1)
+    for each in dtypes
+  ]
+  return kinds[0] > kinds[1]
+
+
 def _cast(leaf: Any, target: Any) -> Any:
-  """Returns a leaf in the target's dtype."""
+  """Returns a leaf in the target's dtype, or as a Python number."""
   dtype = getattr(target, "dtype", None)
-  if dtype is None or leaf.dtype == dtype:
-    return leaf
-  return leaf.astype(dtype)
+  if dtype is None:
+    return type(target)(leaf.item())
+  return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 def _pure(state: Any) -> Any:

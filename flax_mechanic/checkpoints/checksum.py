@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from flax_mechanic.paths import leaf_path
@@ -33,7 +34,7 @@ def checksums(tree: Any) -> dict[str, str]:
   paths, arrays = [], []
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     paths.append(leaf_path(path))
-    arrays.append(_automatic(jnp.asarray(leaf)))
+    arrays.append(_automatic(_array(leaf)))
   shardings: list[Any] = [array.sharding for array in arrays]
   meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
   mesh: Any = meshes[0] if meshes else None
@@ -44,6 +45,13 @@ def checksums(tree: Any) -> dict[str, str]:
     path: "".join(f"{int(word):08x}" for word in words)
     for path, words in zip(paths, sums, strict=True)
   }
+
+
+def _array(leaf: Any) -> jax.Array:
+  """Returns a leaf in jax, which of 64 bits may hold only the two words."""
+  if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.itemsize >= 8:
+    leaf = np.ravel(leaf).view(np.uint32)
+  return jnp.asarray(leaf)
 
 
 def _automatic(array: jax.Array) -> jax.Array:

@@ -99,6 +99,15 @@ def test_only_the_newest_are_kept(tmp_path):
     np.testing.assert_array_equal(checkpointer.restore(target).state["w"], 4)
 
 
+@pytest.mark.parametrize(
+  "options", [{"keep": -1}, {"keep": 0}, {"keep_every": -1}], ids=str
+)
+def test_what_keeps_less_than_the_newest_step_is_refused(tmp_path, options):
+  with pytest.raises(UsageError, match="keep all steps, type keep_every=1"):
+    Checkpointer(tmp_path / "run", **options)
+  assert not list(tmp_path.iterdir())
+
+
 def test_home_is_where_other_commands_look_for_it(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   with Checkpointer("~/run") as checkpointer:

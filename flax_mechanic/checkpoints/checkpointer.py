@@ -91,8 +91,9 @@ class Checkpointer:
     Args:
       directory: step N is saved in its subfolder N. It may be in a bucket:
         gs://BUCKET/FOLDER.
-      keep: how many of the newest steps to keep.
-      keep_every: steps that are multiples of it are kept forever; 0 for none.
+      keep: how many of the newest steps to keep, at least 1.
+      keep_every: steps that are multiples of it are kept forever; 0 for none,
+        and 1 for all.
       best: the name of a metric, such as "eval/loss". The step with its
         smallest value is kept as well; after a minus sign, as in
         "-eval/accuracy", the step with its largest.
@@ -101,8 +102,14 @@ class Checkpointer:
     Raises:
       UsageError: the directory cannot be written, another run is writing it, a
         step in it is a link, a file a pipe, or Orbax would lose what it saves
-        there, as in a folder with a bracket in its path.
+        there, as in a folder with a bracket in its path; or `keep` or
+        `keep_every` is too small.
     """
+    if keep < 1 or keep_every < 0:
+      raise UsageError(
+        f"keep={keep} must be at least 1, and keep_every={keep_every} at least "
+        "0; to keep all steps, type keep_every=1"
+      )
     self._storage = storage(directory)
     self.directory = self._storage.directory
     self._read_only = read_only

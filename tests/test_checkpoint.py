@@ -136,6 +136,52 @@ def test_a_step_that_is_not_newer_is_refused(tmp_path):
       checkpointer.save(2, {"w": jnp.ones(2)})
 
 
+ONES = {"w": jnp.ones(2)}
+
+
+@pytest.mark.parametrize(
+  ("given", "problem"),
+  [
+    ({"step": 2_200_000_000}, "step 2200000000 cannot be saved: .* not tokens"),
+    ({"step": 1000 / 2}, "step 500.0 cannot be saved"),
+    ({"step": -5}, "step -5 cannot be saved"),
+    (
+      {"metrics": {"a": None}},
+      "the metric 'a' .* is None, and no number; leav",
+    ),
+    ({"metrics": {"a": "0.5"}}, "the metric 'a' .* is '0.5', and no number"),
+    (
+      {"data": {"seen": {1, 2}}},
+      "data cannot be saved: JSON has no more than numbers",
+    ),
+    ({"state": {"a.b": ONES, "a": {"b": ONES}}}, "calls both a.b.w; rename th"),
+  ],
+)
+def test_what_could_not_be_found_or_read_again_is_refused(
+  tmp_path, given, problem
+):
+  with Checkpointer(tmp_path) as checkpointer:
+    with pytest.raises(UsageError, match=problem):
+      checkpointer.save(**{"step": 1, "state": ONES} | given)
+    assert checkpointer.latest() is None
+  assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(tmp_path):
+  with Checkpointer(tmp_path, best="a") as checkpointer:
+    for step in (np.int64(5), jnp.int32(6)):
+      checkpointer.save(
+        step,
+        ONES,
+        metrics={"a": np.float32(0.5), "b": jnp.bfloat16(0.5)},
+        data={"seen": [np.int64(5)], "order": np.arange(2)},
+      )
+    assert checkpointer.steps() == [5, 6]
+    record = checkpointer.read(6)
+  assert record["metrics"] == {"a": 0.5, "b": 0.5}
+  assert record["data"] == {"seen": [5], "order": [0, 1]}
+
+
 def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
   # Three of its options change too, of which an error names as many fields.
   opt = lambda value: {"adamw": dict.fromkeys(("b1", "b2", "eps"), value)}

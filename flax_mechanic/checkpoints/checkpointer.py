@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from flax_mechanic.checkpoints import record as record_lib
+from flax_mechanic.checkpoints import savable
 from flax_mechanic.checkpoints.arrays import (
   DamageError,
   SavedArrays,
@@ -31,9 +32,6 @@ from flax_mechanic.checkpoints.retention import Retention
 from flax_mechanic.checkpoints.storage import failure, storage, trouble
 from flax_mechanic.errors import UsageError, no_room, printable
 from flax_mechanic.paths import by_path, leaf_path
-
-# Above every step; counts of updates are int32.
-_STEPS = 2**31
 
 # Each can be cast to the ones after it.
 _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
@@ -168,23 +166,27 @@ class Checkpointer:
     """Starts a save, and returns as soon as the arrays may be donated.
 
     Args:
-      step: must be above `latest()`.
+      step: must be above `latest()`, and fit in an int32.
       state: an `nnx.State` or any other pytree of arrays.
       config: the run's config.
-      data: the position in the data, anything JSON can hold.
-      metrics: the step's metrics, by which `best` chooses.
+      data: the position in the data, anything JSON can hold, and arrays, which
+        come back as lists.
+      metrics: the step's metrics, numbers, by which `best` chooses.
 
     Raises:
       ValueError: `step` is not above `latest()`.
-      UsageError: this save, or the one before it, cannot be written, or two
-        arrays have one path, such as those of {"a/b": x, "a": {"b": y}}.
+      UsageError: this save, or the one before it, cannot be written, or what
+        was given could not be read again, such as a metric that is None, or two
+        arrays with one path: {"a/b": x, "a": {"b": y}}.
     """
-    pure, numbers = _pure(state), dict(metrics or {})
+    step, numbers = savable.as_step(step), savable.as_metrics(metrics)
+    pure = _pure(state)
+    savable.check_names(pure)
     arrays = jax.tree.map(_array, pure)
     record = {
       "step": step,
       "config": record_lib.flat_config(config),
-      "data": dict(data or {}),
+      "data": savable.as_data(data),
       "metrics": numbers,
       "versions": record_lib.versions(),
       "arrays": describe(arrays, checksums(arrays)),
@@ -274,7 +276,9 @@ class Checkpointer:
     A folder whose name is a larger number than an int32 can hold, such as a
     date and time, is no step.
     """
-    return sorted(step for step in self._manager.all_steps() if step < _STEPS)
+    return sorted(
+      step for step in self._manager.all_steps() if step < savable.STEPS
+    )
 
   def is_best(self, metrics: Mapping[str, float]) -> bool:
     """Returns whether no step that was saved has as good a value of `best`.

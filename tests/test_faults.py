@@ -18,7 +18,7 @@ import pytest
 from orbax.checkpoint._src.path import deleter
 
 from flax_mechanic import Checkpointer, UsageError
-from flax_mechanic.checkpoints import arrays, lock, record
+from flax_mechanic.checkpoints import arrays, lock, record, storage
 from train import inspect
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -510,6 +510,24 @@ def test_a_pipe_in_a_file_s_place(folder, read_only):
     Checkpointer(folder, read_only=read_only)
 
 
+def test_what_is_deleted_meanwhile_is_no_pipe(folder, monkeypatch):
+  stat, seen = os.stat, []
+
+  def stat_once(path, *args, **kwargs):
+    """Finds a file once; then it is deleted."""
+    if str(path).startswith(f"{folder}/2/"):
+      if path in seen:
+        raise FileNotFoundError(errno.ENOENT, "deleted", path)
+      seen.append(path)
+    return stat(path, *args, **kwargs)
+
+  place = storage.storage(folder)
+  monkeypatch.setattr(os, "stat", stat_once)
+  for _ in range(2):
+    place.check_kinds(read_only=True)
+  assert seen
+
+
 @pytest.mark.parametrize("text", ["[]", "[" * 10**5], ids=["list", "deep"])
 def test_metadata_of_a_step_that_orbax_has_not_written(folder, text):
   (folder / "2" / "_CHECKPOINT_METADATA").write_text(text)
@@ -534,6 +552,28 @@ def test_inspect(folder, capsys):
   assert inspect.main([str(folder / "nowhere")]) == 2
   assert inspect.main([]) == 2
   assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.mark.parametrize("deleted", ["", "state"])
+def test_inspect_beside_a_run_that_deletes(
+  folder, monkeypatch, capsys, deleted
+):
+  verify = Checkpointer.verify
+
+  def verify_late(checkpointer, step):
+    if step == 1:
+      note = {"saved": 2, "deleted": [1]}
+      (folder / ".deleting").write_text(json.dumps(note))
+      shutil.rmtree(folder / "1" / deleted)
+    verify(checkpointer, step)
+
+  monkeypatch.setattr(Checkpointer, "verify", verify_late)
+  assert inspect.main([str(folder)]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split("|")[3].strip() for line in lines[2:4]] == [
+    "deleted",
+    "yes",
+  ]
 
 
 JOB = [

@@ -4,7 +4,8 @@ r"""Lists a run's checkpoints and whether they are intact.
 
 DIR is the --workdir of a run, which may still be running. For each checkpoint
 it prints the size, whether every array has the checksum that it was saved with,
-and what was measured and learned by that step.
+and what was measured and learned by that step. One that the run deletes
+meanwhile is not damaged.
 """
 
 import functools
@@ -53,6 +54,9 @@ def _report(problems: list[str], arguments: Sequence[str]) -> Iterator[str]:
         record = checkpointer.read(step)
         rows.append((step, size, "yes", record["metrics"]))
       except UsageError as error:
+        if step not in checkpointer.steps():
+          rows.append((step, size, "deleted", {}))
+          continue
         problems.append(str(error))
         rows.append((step, size, "no", {}))
   seen = dict.fromkeys(name for *_, metrics in rows for name in metrics)

@@ -274,11 +274,20 @@ class Checkpointer:
     """Returns all steps, intact or not, the oldest first.
 
     A folder whose name is a larger number than an int32 can hold, such as a
-    date and time, is no step.
+    date and time, is no step. With `read_only` they are those of the opening
+    that the run has not deleted since.
     """
-    return sorted(
+    steps = sorted(
       step for step in self._manager.all_steps() if step < savable.STEPS
     )
+    if not self._read_only:
+      return steps
+    deleting = self._retention.deleting()
+    return [
+      step
+      for step in steps
+      if step not in deleting and self._folder(step)[0].is_dir()
+    ]
 
   def is_best(self, metrics: Mapping[str, float]) -> bool:
     """Returns whether no step that was saved has as good a value of `best`.

@@ -83,16 +83,20 @@ class Retention(preservation_policy.PreservationPolicy):
 
   def finish(self) -> None:
     """Deletes what a run that was killed has left of steps it was deleting."""
+    with contextlib.suppress(OSError):
+      for step in self.deleting():
+        self._place.delete(step)
+    self.deleted()
+
+  def deleting(self) -> Sequence[int]:
+    """Returns the steps that a run is deleting, or was when it was killed."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-      note = json.loads(self._note.read_text())
-      match note:
+      match json.loads(self._note.read_text()):
         case {"saved": int(saved), "deleted": [*deleted]}:
           # Nothing is deleted before the new step is whole.
           if (self._directory / str(saved)).is_dir():
-            for step in deleted:
-              if isinstance(step, int):
-                self._place.delete(step)
-    self.deleted()
+            return [step for step in deleted if isinstance(step, int)]
+    return []
 
   def _kept(self, own: Sequence[int]) -> Collection[int]:
     kept = {*own[-self._keep :]}

@@ -4,11 +4,13 @@ A bucket has no rename, no lock and no append. What needs its own way there is
 here, in `Lease` and in the logs of `train`.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -117,9 +119,9 @@ def storage(directory: str | os.PathLike[str]) -> "Folder | Bucket":
 def files(folder: Any) -> Iterator[tuple[Any, int]]:
   """Yields the files in a folder, at any depth, and their sizes."""
   if not is_bucket(folder):
-    for each in folder.rglob("*"):
-      if each.is_file():
-        yield each, each.stat().st_size
+    for each, status in _inside(folder):
+      if stat.S_ISREG(status.st_mode):
+        yield each, status.st_size
     return
   for name, info in file_system(folder).find(str(folder), detail=True).items():
     if info["type"] == "file":
@@ -184,8 +186,10 @@ class Folder:
     for step in self.path.glob("[0-9]*"):
       if step.is_symlink() and not read_only:
         _refuse(step, "a link")
-      for path in step.rglob("*"):
-        if path.exists() and not path.is_file() and not path.is_dir():
+      for path, status in _inside(step):
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(
+          status.st_mode
+        ):
           _refuse(path, "neither a file nor a folder")
 
   def create(self) -> None:
@@ -388,6 +392,14 @@ def _teach_s3() -> None:
   vars(tensorstore_utils)["_normalize_path"] = lambda address: _BUCKET.sub(
     r"\1://", os.path.normpath(address)
   )
+
+
+def _inside(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+  """Yields what is in a folder, at any depth, and is not deleted meanwhile."""
+  for parent, folders, names in os.walk(folder):
+    for name in (*folders, *names):
+      with contextlib.suppress(OSError):
+        yield Path(parent, name), os.stat(os.path.join(parent, name))
 
 
 def _refuse(path: Path, kind: str) -> None:

@@ -155,6 +155,15 @@ ONES = {"w": jnp.ones(2)}
       "data cannot be saved: JSON has no more than numbers",
     ),
     ({"state": {"a.b": ONES, "a": {"b": ONES}}}, "calls both a.b.w; rename th"),
+    (
+      {"state": ONES | {"a": jnp.ones((0, 3))}},
+      "a cannot .* no elements; leav",
+    ),
+    ({"state": ONES | {"a": jnp.ones(4, "uint4")}}, "no dtype uint4; cast it"),
+    ({"state": ONES | {"a": 2**70}}, "more than 64 bits; save it in data"),
+    ({"state": ONES | {"a": "text"}}, "of the type str, and neither an array"),
+    ({"state": {}}, "an empty state cannot be saved; give a dict of arrays"),
+    ({"state": np.ones(2)}, "one array cannot be saved; give a dict of arrays"),
   ],
 )
 def test_what_could_not_be_found_or_read_again_is_refused(
@@ -243,6 +252,41 @@ def test_a_step_that_is_not_there_is_named(tmp_path):
     checkpointer.wait()
     with pytest.raises(UsageError, match=r"holds no step 3; it holds \[1\]"):
       checkpointer.restore({"w": jnp.ones(2)}, step=3)
+
+
+def test_a_new_folder_holds_no_checkpoint(tmp_path):
+  checkpointer = Checkpointer(tmp_path)
+  with pytest.raises(UsageError, match="no checkpoint; name"), checkpointer:
+    checkpointer.restore(ONES)
+
+
+def test_a_reader_saves_nothing(tmp_path):
+  reader = Checkpointer(tmp_path, read_only=True)
+  with pytest.raises(UsageError, match="with read_only=True; open"), reader:
+    reader.save(1, ONES)
+  assert not list(tmp_path.iterdir())
+
+
+def test_arrays_on_several_sets_of_devices(tmp_path):
+  devices = jax.devices()
+  halves = [
+    jax.NamedSharding(jax.make_mesh((4,), ("data",), devices=each), jax.P(axis))
+    for each, axis in ((devices[:4], "data"), (devices[4:], None))
+  ]
+  places = {"a": halves[0], "b": halves[1], "c": devices[7], "d": None}
+  state = {
+    name: jax.device_put(jnp.arange(8.0), place)
+    for name, place in places.items()
+  }
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, state)
+    checkpointer.wait()
+    checkpointer.verify(1)
+    target = jax.tree.map(jnp.zeros_like, state)
+    restored = checkpointer.restore(target).state
+  for name, array in state.items():
+    np.testing.assert_array_equal(restored[name], array)
+    assert restored[name].sharding == target[name].sharding
 
 
 def test_python_scalars_come_back(tmp_path):

@@ -70,6 +70,20 @@ def test_no_sharding_changes_them(dtype, axis_type):
         assert checksums(tree) == wanted
 
 
+def test_devices_may_differ():
+  devices = jax.devices()
+  # Of two meshes of the same devices, in another order.
+  places = [
+    *(
+      NamedSharding(jax.sharding.Mesh(each, "a"), P("a"))
+      for each in (devices, devices[::-1], devices[:2])
+    ),
+    devices[3],
+  ]
+  arrays = [jax.device_put(jnp.arange(8), place) for place in places]
+  assert {*checksums(arrays).values()} == {by_hand(np.arange(8))}
+
+
 def test_every_flipped_bit_and_every_swap_is_seen():
   rng = np.random.default_rng(0)
   bits = rng.integers(0, 2**32, (8,), np.uint32)

@@ -176,12 +176,17 @@ class Checkpointer:
     Raises:
       ValueError: `step` is not above `latest()`.
       UsageError: this save, or the one before it, cannot be written, or what
-        was given could not be read again, such as a metric that is None, or two
-        arrays with one path: {"a/b": x, "a": {"b": y}}.
+        was given could not be read again, such as a metric that is None, an
+        array without elements, or two with one path: {"a/b": x, "a": {"b": y}}.
     """
+    if self._read_only:
+      raise UsageError(
+        f"nothing is saved into {self.directory}, which was opened with "
+        "read_only=True; open it without"
+      )
     step, numbers = savable.as_step(step), savable.as_metrics(metrics)
     pure = _pure(state)
-    savable.check_names(pure)
+    savable.check_state(pure)
     arrays = jax.tree.map(_array, pure)
     record = {
       "step": step,
@@ -247,10 +252,14 @@ class Checkpointer:
       for each in reversed(self.steps())
       if latest is not None and each <= latest
     ]
-    if not steps or (step is not None and step not in steps):
+    if not steps:
       raise UsageError(
-        f"{self.directory} holds no step {step}; it holds "
-        f"{sorted(steps) or 'none'}"
+        f"{self.directory} holds no checkpoint; name the folder that a run has "
+        "saved into"
+      )
+    if step is not None and step not in steps:
+      raise UsageError(
+        f"{self.directory} holds no step {step}; it holds {sorted(steps)}"
       )
     damaged: dict[int, str] = {}
     for each in steps if step is None else [step]:

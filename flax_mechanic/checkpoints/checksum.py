@@ -31,20 +31,33 @@ def checksums(tree: Any) -> dict[str, str]:
     >>> checksums({"w": jnp.arange(3)})
     {'w': '000000030000000d'}
   """
-  paths, arrays = [], []
+  groups: dict[Any, dict[str, jax.Array]] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    paths.append(leaf_path(path))
-    arrays.append(_automatic(_array(leaf)))
+    array = _automatic(_array(leaf))
+    group = groups.setdefault(_devices(array.sharding), {})
+    group[leaf_path(path)] = array
+  return {
+    path: "".join(f"{int(word):08x}" for word in words)
+    for group in groups.values()
+    for path, words in zip(group, _sums_of([*group.values()]), strict=True)
+  }
+
+
+def _sums_of(arrays: Sequence[jax.Array]) -> Sequence[tuple[Any, Any]]:
+  """Returns the two sums of arrays on the same devices."""
   shardings: list[Any] = [array.sharding for array in arrays]
   meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
   mesh: Any = meshes[0] if meshes else None
   alone = all(len(sharding.device_set) == 1 for sharding in shardings)
   with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-    sums = jax.device_get(_sums(arrays, alone))
-  return {
-    path: "".join(f"{int(word):08x}" for word in words)
-    for path, words in zip(paths, sums, strict=True)
-  }
+    return jax.device_get(_sums(arrays, alone))
+
+
+def _devices(sharding: jax.sharding.Sharding) -> Any:
+  """Returns the devices of a sharding, in the mesh's order if it has one."""
+  if isinstance(sharding, NamedSharding):
+    return tuple(sharding.mesh.devices.flat)
+  return tuple(sorted(sharding.device_set, key=lambda device: device.id))
 
 
 def _array(leaf: Any) -> jax.Array:
@@ -71,8 +84,8 @@ def _automatic(array: jax.Array) -> jax.Array:
   )
 
 
-# One program for all arrays: several at once, each with its own all-reduces,
-# can deadlock on a CPU that simulates many devices (jax 0.10).
+# One program for all arrays of a mesh: several at once, each with its own
+# all-reduces, can deadlock on a CPU that simulates many devices (jax 0.10).
 @functools.partial(jax.jit, static_argnames="alone")
 def _sums(
   arrays: Sequence[jax.Array], alone: bool

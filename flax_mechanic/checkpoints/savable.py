@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 
 from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import leaf_path
@@ -31,8 +32,8 @@ def as_step(given: Any) -> int:
     step = -1
   if not 0 <= step < STEPS:
     raise UsageError(
-      f"step {given} cannot be saved: a step is an integer of at least 0, and "
-      f"below {STEPS}; count updates, not tokens"
+      f"step {given!r} cannot be saved: a step is an integer of at least 0, "
+      f"and below {STEPS}; count updates, not tokens"
     )
   return step
 
@@ -77,17 +78,48 @@ def as_data(given: Mapping[str, Any] | None) -> dict[str, Any]:
   return json.loads(text)
 
 
-def check_names(tree: Any) -> None:
-  """Raises a UsageError for two arrays that Orbax would write as one."""
+def check_state(tree: Any) -> None:
+  """Raises a UsageError for a tree whose arrays Orbax would not write."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  is_leaf = bool(leaves) and not leaves[0][0]
+  if is_leaf or not tree:
+    raise UsageError(
+      f"{'one array' if is_leaf else 'an empty state'} cannot be saved; give a "
+      'dict of arrays, such as {"params": params}'
+    )
   paths: dict[str, str] = {}
-  for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+  for keys, leaf in leaves:
+    path = leaf_path(keys)
+    problem = _problem(leaf)
+    if problem:
+      raise UsageError(f"{path} cannot be saved: {problem}")
+    name = jax.tree_util.keystr(keys, simple=True, separator=".")
     if name in paths:
       raise UsageError(
-        f"{paths[name]} and {leaf_path(path)} cannot be saved together: Orbax "
-        f"calls both {name}; rename the key with a dot in it"
+        f"{paths[name]} and {path} cannot be saved together: Orbax calls both "
+        f"{name}; rename the key with a dot in it"
       )
-    paths[name] = leaf_path(path)
+    paths[name] = path
+
+
+def _problem(leaf: Any) -> str:
+  """Says why Orbax would not write a leaf, if so, and what to do instead."""
+  if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+    return (
+      f"it is of the type {type(leaf).__name__}, and neither an array nor a "
+      "number; leave it out of the state"
+    )
+  if 0 in np.shape(leaf):
+    return "it has no elements; leave it out of the state"
+  if isinstance(leaf, int) and not -(2**63) <= leaf < 2**64:
+    return "it has more than 64 bits; save it in data"
+  dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+  if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    try:
+      tensorstore.dtype(str(dtype))
+    except ValueError:
+      return f"TensorStore has no dtype {dtype}; cast it"
+  return ""
 
 
 def _plain(value: Any) -> Any:

@@ -351,6 +351,42 @@ def test_a_cast_that_loses_something_is_refused(
   assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+THREEFRY, RBG, UNSAFE = (
+  jax.random.key(1, impl=name) for name in ("threefry2x32", "rbg", "unsafe_rbg")
+)
+
+
+@pytest.mark.parametrize(
+  ("saved", "target", "problem"),
+  [
+    (
+      THREEFRY,
+      RBG,
+      "of threefry2x32 and this run's of rbg, which JAX_DEFAULT_P",
+    ),
+    (
+      RBG,
+      UNSAFE,
+      "of rbg and this run's of unsafe_rbg, which JAX_DEFAULT_PRNG",
+    ),
+    (jnp.uint32(1), RBG, "n is uint32 there and key<rbg> here"),
+    (RBG, jnp.uint32(1), "n is key<rbg> there and uint32 here"),
+  ],
+)
+def test_random_keys_are_of_the_generator_that_was_saved(
+  tmp_path, saved, target, problem
+):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"n": saved})
+    checkpointer.verify(1)
+    with pytest.raises(UsageError, match=f"does not fit this run .*{problem}"):
+      checkpointer.restore({"n": target})
+    restored = checkpointer.restore({"n": jnp.copy(saved)}).state["n"]
+  assert restored.dtype == saved.dtype
+  assert jnp.all(restored == saved)
+  assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 def test_python_numbers_as_they_were_described_once(tmp_path, monkeypatch):
   state = {"n": 3, "f": 0.1, "b": True}
   with Checkpointer(tmp_path) as checkpointer:

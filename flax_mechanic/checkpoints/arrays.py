@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -245,12 +246,27 @@ def described(
   name = description["dtype"]
   if name in _FORMER_NUMBERS:
     return _FORMER_NUMBERS[name]
-  key = jax.eval_shape(jax.random.key, 0).dtype
   try:
-    dtype = key if name.startswith("key") else jnp.dtype(name)
+    dtype = (
+      _key_dtype(generators().get(name))
+      if name.startswith("key")
+      else jnp.dtype(name)
+    )
   except TypeError:
     raise DamageError(f"an array was saved as {name!r}, no dtype") from None
   return jax.ShapeDtypeStruct(description["shape"], dtype, sharding=sharding)
+
+
+@functools.cache
+def generators() -> Mapping[str, str]:
+  """Returns dtype of a random key, such as "key<fry>" -> jax's generator."""
+  names = ("threefry2x32", "rbg", "unsafe_rbg")
+  return {str(_key_dtype(name)): name for name in names}
+
+
+def _key_dtype(generator: str | None) -> Any:
+  """Returns the dtype of a generator's keys; by default of the usual one's."""
+  return jax.eval_shape(lambda: jax.random.key(0, impl=generator)).dtype
 
 
 def first_line(error: Exception) -> str:

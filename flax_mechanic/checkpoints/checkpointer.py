@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from flax_mechanic.checkpoints.arrays import (
   describe,
   described,
   first_line,
+  generators,
 )
 from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.checkpoints.lock import Lock
@@ -380,20 +381,20 @@ class Checkpointer:
     pure, descriptions = _pure(target), record["arrays"]
     leaves = by_path(pure)
     sources = saved_paths(leaves, descriptions)
+    kinds = {
+      path: (descriptions[source]["dtype"], _kind(leaves[path]))
+      for path, source in sources.items()
+      if _is_lossy(descriptions[source], leaves[path])
+    }
     differences = [
       *record_lib.differences(descriptions, pure, part=part),
-      *(
-        f"{path} is {descriptions[source]['dtype']} there and "
-        f"{getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} here"
-        for path, source in sources.items()
-        if _is_lossy(described(descriptions[source], None), leaves[path])
-      ),
+      *(f"{path} is {a} there and {b} here" for path, (a, b) in kinds.items()),
     ]
     meaning = record_lib.meaning(record["config"]).keys() & changed.keys()
     if meaning and not differences and not part:
       differences = ["the optimizer's state means something else"]
       changed = {field: changed[field] for field in meaning}
-    self._check_fit(step, differences, changed)
+    self._check_fit(step, differences, _blame(changed, kinds.values()))
     if self._read_only:  # The target may be what the folder asks for.
       check_size(*self._folder(step), descriptions)
     found = self._arrays(step).read(
@@ -471,16 +472,15 @@ class Checkpointer:
     self,
     step: int,
     differences: Sequence[str],
-    changed: Mapping[str, tuple[Any, Any]],
+    blame: str,
   ) -> None:
     if differences:
       more = len(differences) - 3
       raise UsageError(
         f"step {step} in {self.directory} does not fit this run "
         f"({', '.join(differences[:3])}{f' and {more} more' * (more > 0)}): "
-        f"{record_lib.blame(changed)}; "
-        "set it back, or carry over what fits with another --workdir and "
-        f"--config.init_from={self.directory}"
+        f"{blame}; set it back, or carry over what fits with another --workdir "
+        f"and --config.init_from={self.directory}"
       )
 
 
@@ -489,14 +489,41 @@ def _array(leaf: Any) -> Any:
   return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
 
 
-def _is_lossy(saved: Any, target: Any) -> bool:
+def _kind(leaf: Any) -> str:
+  """Returns the dtype of an array, and the type of a Python number."""
+  return str(getattr(leaf, "dtype", type(leaf).__name__))
+
+
+def _is_lossy(saved: Mapping[str, Any], target: Any) -> bool:
   """Whether a cast to the target loses what was saved, as of float to int."""
-  dtypes = [_array(leaf).dtype for leaf in (saved, target)]
+  if saved["dtype"] == _kind(target):
+    return False
+  dtypes = [_array(leaf).dtype for leaf in (described(saved, None), target)]
+  if any(jnp.issubdtype(each, jax.dtypes.prng_key) for each in dtypes):
+    return True
   kinds = [
     next((i for i, kind in enumerate(_KINDS) if jnp.issubdtype(each, kind)), -1)
     for each in dtypes
   ]
   return kinds[0] > kinds[1]
+
+
+def _blame(
+  changed: Mapping[str, tuple[Any, Any]], kinds: Iterable[tuple[str, str]]
+) -> str:
+  """Says what may have changed the state.
+
+  Args:
+    changed: config field -> (saved, present value).
+    kinds: saved and present dtypes that cannot be cast to each other.
+  """
+  for saved, present in kinds:
+    if {saved, present} <= generators().keys():
+      return (
+        f"its random keys are of {generators()[saved]} and this run's of "
+        f"{generators()[present]}, which JAX_DEFAULT_PRNG_IMPL chooses"
+      )
+  return record_lib.blame(changed)
 
 
 def _cast(leaf: Any, target: Any) -> Any:

@@ -40,6 +40,7 @@ ROOMS = (
   "flax_mechanic.checkpoints.checksum",
   "flax_mechanic.checkpoints.renamed",
   "flax_mechanic.checkpoints.lock",
+  "flax_mechanic.checkpoints.savable",
   "flax_mechanic.checkpoints.storage",
   "flax_mechanic.checkpoints.replicas",
   "flax_mechanic.checkpoints.arrays",

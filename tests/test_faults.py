@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint._src.path import deleter
+from orbax.checkpoint._src.path import step as step_lib
 
 from flax_mechanic import Checkpointer, UsageError
 from flax_mechanic.checkpoints import arrays, lock, record, storage
@@ -552,6 +553,19 @@ def test_inspect(folder, capsys):
   assert inspect.main([str(folder / "nowhere")]) == 2
   assert inspect.main([]) == 2
   assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_a_step_that_is_deleted_while_orbax_lists_it(folder, monkeypatch):
+  commit_timestamp = step_lib.Metadata.commit_timestamp
+
+  def deleted(step):
+    if step.step == 1:
+      shutil.rmtree(step.path)
+    return commit_timestamp.fget(step)
+
+  monkeypatch.setattr(step_lib.Metadata, "commit_timestamp", property(deleted))
+  with Checkpointer(folder, read_only=True) as checkpointer:
+    assert checkpointer.steps() == [2]
 
 
 @pytest.mark.parametrize("deleted", ["", "state"])

@@ -34,6 +34,9 @@ from flax_mechanic.checkpoints.storage import failure, storage, trouble
 from flax_mechanic.errors import UsageError, no_room, printable
 from flax_mechanic.paths import by_path, leaf_path
 
+# How often a reader tries again, beside a run that deletes steps.
+_OPENINGS = 9
+
 # Each can be cast to the ones after it.
 _KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
@@ -132,7 +135,7 @@ class Checkpointer:
       async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     try:
-      self._manager = ocp.CheckpointManager(self.directory, options=options)
+      self._manager = _manager(self.directory, options)
     except (ValueError, TypeError, RecursionError) as error:
       if self._lock is not None:
         self._lock.release()
@@ -482,6 +485,16 @@ class Checkpointer:
         f"{blame}; set it back, or carry over what fits with another --workdir "
         f"and --config.init_from={self.directory}"
       )
+
+
+def _manager(
+  directory: str, options: ocp.CheckpointManagerOptions
+) -> ocp.CheckpointManager:
+  """Opens a directory again if a step was deleted while Orbax listed it."""
+  for _ in range(_OPENINGS if options.read_only else 0):
+    with contextlib.suppress(FileNotFoundError):
+      return ocp.CheckpointManager(directory, options=options)
+  return ocp.CheckpointManager(directory, options=options)
 
 
 def _array(leaf: Any) -> Any:

@@ -19,7 +19,7 @@ from flax_mechanic import step
 from flax_mechanic.errors import UsageError
 from flax_mechanic.extra_args import accepted
 from flax_mechanic.methods import readers, stack
-from flax_mechanic.paths import by_path, parameters_of
+from flax_mechanic.paths import by_path, map_with_parameters
 from flax_mechanic.placement import Shardings, is_traced, on_device
 
 # Of the split and merge that carry a loss's effects to the caller's objects.
@@ -426,13 +426,6 @@ def _init(
         f"the parameter {path} holds a {type(value).__name__}; give each array "
         "in it a variable of its own"
       )
-  with_paths, treedef = jax.tree_util.tree_flatten_with_path(
-    shardings.init(tx, nnx.as_pure(params))
-  )
-  found = parameters_of(
-    [(path, value.shape) for path, value in with_paths],
-    {leaf.path: leaf for leaf in shardings.leaves},
-  )
 
   def in_variable(value, parameter):
     if parameter is None:
@@ -443,9 +436,10 @@ def _init(
       metadata["out_sharding"] = tuple(parameter.sharding.spec)
     return optimizer_lib.OptVariable(value, **metadata)
 
-  return treedef.unflatten(
-    in_variable(value, parameter)
-    for (_, value), parameter in zip(with_paths, found, strict=True)
+  return map_with_parameters(
+    in_variable,
+    shardings.init(tx, nnx.as_pure(params)),
+    {leaf.path: leaf for leaf in shardings.leaves},
   )
 
 

@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from flax_mechanic.errors import UsageError
@@ -30,10 +31,15 @@ def parameter_path(path: Any) -> str:
   return leaf_path(path[:-1] if boxed else path)
 
 
-def parameters_of(
-  leaves: Sequence[tuple[Any, Any]], parameters: Mapping[str, Any]
-) -> list[Any]:
-  """Returns the parameter that each leaf of an optimizer's state belongs to.
+def map_with_parameters(
+  f: Callable[[Any, Any], Any],
+  state: Any,
+  parameters: Mapping[str, Any],
+  *,
+  shape: Callable[[Any], Any] = jnp.shape,
+  is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+  """Maps `f(leaf, the parameter that it belongs to)` over an optimizer's state.
 
   That is a parameter of its shape whose path is inside the leaf's own, or None.
   Of several it is the one with which most leaves have the same names around
@@ -41,12 +47,16 @@ def parameters_of(
   all; then the one with the longest path, then the one nearest to the leaf.
 
   Args:
-    leaves: paths and shapes, of the whole state; None for what has no shape.
+    f: returns the new leaf.
+    state: the whole state.
     parameters: path -> anything with the parameter's shape.
+    shape: leaf -> its shape; None for what has none.
+    is_leaf: as in `jax.tree.map`.
   """
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_leaf)
   candidates = []
-  for path, shape in leaves:
-    names = leaf_path(path).split("/")
+  for path, leaf in leaves:
+    names, of_leaf = leaf_path(path).split("/"), shape(leaf)
     candidates.append(
       {
         (*names[:start], None, *names[end:]): found
@@ -54,12 +64,15 @@ def parameters_of(
         for end in range(len(names) + 1)
         for start in range(end + 1)
         if (found := parameters.get("/".join(names[start:end]))) is not None
-        and found.shape == shape
+        and found.shape == of_leaf
       }
     )
   times = Counter(around for each in candidates for around in each)
   best = lambda around: (times[around], -len(around), around.index(None))
-  return [each[max(each, key=best)] if each else None for each in candidates]
+  return treedef.unflatten(
+    f(leaf, each[max(each, key=best)] if each else None)
+    for (_, leaf), each in zip(leaves, candidates, strict=True)
+  )
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flax_mechanic.paths import parameter_path, parameters_of
+from flax_mechanic.paths import map_with_parameters, parameter_path
 
 # jax's name of the memory kind.
 HOST = "pinned_host"
@@ -224,21 +224,14 @@ class Shardings:
   ) -> Any:
     """Maps `f(leaf, its sharding, whether on the host)` over a state."""
     whole = self.mesh and NamedSharding(self.mesh, P())
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(state)
-    found = parameters_of(
-      [(path, jnp.shape(value)) for path, value in with_paths],
-      {leaf.path: leaf for leaf in self.leaves},
-    )
 
     def of_leaf(value, leaf):
       if leaf is not None:
         return f(value, leaf.sharding, self.offload)
       return f(value, whole and _normal(whole, jnp.ndim(value)), False)
 
-    return treedef.unflatten(
-      of_leaf(value, leaf)
-      for (_, value), leaf in zip(with_paths, found, strict=True)
-    )
+    parameters = {leaf.path: leaf for leaf in self.leaves}
+    return map_with_parameters(of_leaf, state, parameters)
 
 
 def state_sharding(

@@ -72,8 +72,7 @@ class TrainState(train_state.TrainState, kw_only=True):
     """
     shardings = fields.setdefault("shardings", Shardings.of(params))
     of_state = shardings.for_state(shard_over, offload)
-    if _overwritten(params) is not None:
-      of_state = of_state.under("params")
+    of_state = _of_trained(of_state, params)
     placing = optax.GradientTransformation(
       functools.partial(of_state.init, tx), tx.update
     )
@@ -184,11 +183,10 @@ class TrainState(train_state.TrainState, kw_only=True):
 
   def eval_params(self) -> Any:
     """Returns the parameters that the method evaluates and exports."""
-    shardings = self.shardings
-    if _overwritten(self.params) is not None:
-      shardings = shardings.under("params")
     evaluated = readers.eval_params(
-      on_device(self.opt_state), _trained(self.params), shardings
+      on_device(self.opt_state),
+      _trained(self.params),
+      _of_trained(self.shardings, self.params),
     )
     return _whole(self.params, evaluated)
 
@@ -342,6 +340,11 @@ def _overwritten(params: Any) -> Any:
 def _trained(params: Any) -> Any:
   """Returns the part of parameters, or of gradients, that `tx` sees."""
   return params if _overwritten(params) is None else params["params"]
+
+
+def _of_trained(shardings: Shardings, params: Any) -> Shardings:
+  """Returns those of the part that `tx` sees."""
+  return shardings if _trained(params) is params else shardings.under("params")
 
 
 def _whole(params: Any, trained: Any, overwritten: Any = None) -> Any:

@@ -17,7 +17,7 @@ from optax.tree_utils import _tree_math
 from flax_mechanic.extra_args import accepted
 from flax_mechanic.mechanic.held import held_update
 from flax_mechanic.mechanic.offset import widen
-from flax_mechanic.paths import parameter_path, parameters_of
+from flax_mechanic.paths import map_with_parameters, parameter_path
 from flax_mechanic.placement import Shardings
 
 
@@ -118,17 +118,17 @@ def box_what_fits(
       for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(
-      state, is_leaf=_is_box
-    )
-    found = parameters_of(
-      [(path, getattr(_unbox(box), "shape", None)) for path, box in with_paths],
-      parameters,
-    )
-    return treedef.unflatten(
+    def keep_if_it_fits(box, parameter):
       # `optax.masked` empties boxes.
-      box if leaf is not None or not jax.tree.leaves(box) else _unbox(box)
-      for (_, box), leaf in zip(with_paths, found, strict=True)
+      fits = parameter is not None or not jax.tree.leaves(box)
+      return box if fits else _unbox(box)
+
+    return map_with_parameters(
+      keep_if_it_fits,
+      state,
+      parameters,
+      shape=lambda box: getattr(_unbox(box), "shape", None),
+      is_leaf=_is_box,
     )
 
   def update(updates, state, params=None, **extra_args):

@@ -1,6 +1,7 @@
 """The table of optimizers: a row for each name that the flag accepts."""
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -131,7 +132,7 @@ def register_optax(
     build: `build(learning_rate, **options)`, by default optax's function.
     without: arguments of that function to leave out.
     options: more options, or other defaults.
-    choices: more of them than of dtypes.
+    choices: more of them than the signature and the dtypes say.
     **fields: more attributes of `Method`.
   """
   function = getattr(optax, name, getattr(contrib, name, None))
@@ -148,6 +149,11 @@ def register_optax(
     if key in arguments and arguments[key].default is None
   }
   dtypes = {key: _DTYPES for key in types if key.endswith("_dtype")}
+  literals = {
+    key: typing.get_args(argument.annotation)
+    for key, argument in arguments.items()
+    if typing.get_origin(argument.annotation) is typing.Literal
+  }
   masks = ("mask", "weight_decay_mask")
   register(
     name,
@@ -155,7 +161,7 @@ def register_optax(
     options=default_options(
       function, without=(*masks, *without), **{**types, **options}
     ),
-    choices={**dtypes, **choices},
+    choices={**dtypes, **literals, **choices},
     decay_mask=next((mask for mask in masks if mask in arguments), None),
     summary=summary,
     advice=advice,
@@ -217,7 +223,6 @@ register_optax(
     **options,
   ),
   options={"matrices": _MATRICES},
-  choices={"preconditioning": ("frobenius", "spectral", "aol", "schatten")},
   relative_rate=3.0,
 )
 register_optax(

@@ -122,6 +122,37 @@ def test_bad_gradients_come_together():
   assert skipped([*GOOD, 50.0, 3.0, *GOOD]) == [20]
 
 
+def test_a_row_of_moderate_gradients_is_soon_accepted():
+  # As where an update has led to a place with larger gradients. The limit is
+  # 6.9, 1.5 times it 10.3.
+  row = lambda *norms: skipped([*GOOD, *norms, *GOOD])
+  assert row(10.0, *[5.0] * 5) == list(range(20, 25))
+  assert row(10.0, *[5.0] * 4) == list(range(20, 25))
+  assert row(*[11.0] * 24) == list(range(20, 44))
+  assert row(*[11.0] * 5, *[5.0] * 19) == list(range(20, 44))
+  # A larger one among them is not used, and counts for little.
+  assert row(7.0, *[5.0] * 4, 1e6, 5.0) == list(range(20, 26))
+  assert row(1e6, *[5.0] * 5) == list(range(20, 25))
+  assert row(7.0, 10.0, np.nan, 5.0, 10.0, 5.0, 10.0) == list(range(20, 26))
+  # What is not finite says nothing about sizes.
+  assert row(*[np.nan] * 20, *[5.0] * 5) == list(range(20, 45))
+  # From there on they are usual.
+  assert row(*[10.0] * 6, 38.0) == list(range(20, 25))
+  assert row(*[10.0] * 6, 42.0) == [*range(20, 25), 26]
+  # For a part the limit is twice as high.
+  good = [[norm, 10 * norm] for norm in GOOD]
+  for part, last in (20.0, 25), (21.0, 44):
+    spikes = [[part, 10.0]] * 24
+    assert skipped([*good, *spikes, *good]) == list(range(20, last))
+  # Unless the part is small.
+  tiny = [[norm, 1e-4] for norm in GOOD]
+  assert skipped([*tiny, *[[10.0, 0.1]] * 24]) == list(range(20, 25))
+  # The size is not that of small ones before, nor is a spike among those used.
+  for size, others in (7.0, 5), (1e6, 24):
+    norms = [*GOOD, *[0.01] * others, size, 0.01]
+    assert skipped(norms) == [20 + others]
+
+
 def test_the_last_examples_that_are_wrong_are_no_spikes():
   vanishing = [*GOOD, *0.9 ** np.arange(150)]
   wrong = lambda size, others: [size, *[1e-7] * others] * 20

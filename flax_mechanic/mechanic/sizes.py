@@ -25,8 +25,12 @@ _RESTART = 50.0
 # the usual one then, but each raises it at most by this factor, so that a spike
 # among them does little. A gradient is unusually small if it is so many times
 # smaller than the smallest of late; where gradients vanish bit by bit, as on
-# data that is memorized, none is.
+# data that is memorized, none is. Fewer are enough if they are hardly spikes,
+# at most so many times the limit: an update may have led to a place with larger
+# gradients, and only gradients lead away from it.
 _LASTING = 25
+_LASTING_MODERATE = 6
+_MODERATE = 1.5
 _RISE = 2.0
 _SMALL = 20.0
 # Where most gradients have vanished, as on data that is memorized, those of the
@@ -113,11 +117,12 @@ def judge(
   - So is a spike: the norm of the whole is more than `factor` times the largest
     one of late, or that of a part is more than twice as many times. A bad
     gradient does not change what is known, so that any number of them is told
-    from good ones. But after 25 unusual gradients in a row, the size that they
-    have is the usual one. Right after a bad gradient, twice the largest norm is
-    enough for a spike. After more than 5 rows of spikes with fewer than 64
-    other gradients to each, one of which no part is larger than the largest one
-    ever used is no spike: it is of examples that are rarely wrong by now.
+    from good ones. But after 25 unusual gradients in a row, or 6 that are at
+    most 1.5 times the limit, the size that they have is the usual one.
+    Right after a bad gradient, twice the largest norm is enough for a spike.
+    After more than 5 rows of spikes with fewer than 64 other gradients to each,
+    one of which no part is larger than the largest one ever used is no spike:
+    it is of examples that are rarely wrong by now.
   - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
@@ -140,9 +145,8 @@ def judge(
   finite = jnp.isfinite(norm) & finite
   judged = finite & (norm > 0) & (jnp.asarray(factor) > 0)
   after_bad = jnp.where(state.skipped_in_a_row > 0, _AFTER_BAD, jnp.inf)
-  factors = jnp.full_like(norms, _OF_PART).at[0].set(1.0)
-  factors *= jnp.minimum(factor, after_bad)
-  limits = factors * (1 + jnp.abs(state.young)) * state.peak
+  allowed = jnp.full_like(norms, _OF_PART).at[0].set(1.0) * state.peak
+  limits = jnp.minimum(factor, after_bad) * (1 + jnp.abs(state.young)) * allowed
   is_spike = judged & jnp.any(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
@@ -161,7 +165,14 @@ def judge(
     unusual > 1, state.pending, jnp.where(is_spike, state.peak, norms)
   )
   pending = jnp.clip(norms, before, _RISE * before)
-  lasting = unusual >= _LASTING
+  of_row = jnp.maximum(pending, norms)
+  moderate = is_spike & jnp.all(
+    (of_row <= _MODERATE * factor * allowed) | (of_row <= _PART * peak)
+  )
+  enough = jnp.where(moderate, _LASTING_MODERATE, _LASTING)
+  # A spike that comes alone after small ones is none of their row.
+  in_row = is_small | (state.skipped_in_a_row >= _LASTING_MODERATE - 1)
+  lasting = (unusual >= enough) & in_row
   ok = finite & ~restart & (~is_spike | lasting)
   # Unless zeros come first, of which nothing follows.
   known = (norm > 0) | (peak > 0)

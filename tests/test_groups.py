@@ -272,8 +272,9 @@ def test_the_mean_norm_holds_the_scale_where_gradients_vanish():
 
 
 @pytest.mark.parametrize("variant", ["optax", "pytorch"])
-def test_a_group_without_gradients_waits(variant):
-  tx = mechanize(optax.adam(1.0), variant=variant, groups=".*", **FLAG)
+@pytest.mark.parametrize("base", [optax.adam, optax.adamw])
+def test_a_group_without_gradients_waits(variant, base):
+  tx = mechanize(base(1.0), variant=variant, groups=".*", **FLAG)
   x = {"used": jnp.ones(3), "unused": jnp.ones(3), "empty": jnp.ones((0, 2))}
   state, update = tx.init(x), jax.jit(tx.update)
   for _ in range(20):
@@ -281,9 +282,39 @@ def test_a_group_without_gradients_waits(variant):
     updates, state = update(g, state, x)
     x = optax.apply_updates(x, updates)
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(x))
-  np.testing.assert_array_equal(x["unused"], 1.0)
+  # But for the base's own weight decay, of 1e-4.
+  np.testing.assert_allclose(x["unused"], 1.0, rtol=3e-5)
   assert np.all(x["used"] < 1.0)
   np.testing.assert_allclose(state.scale[:2], 1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [1e3, 1e-3])
+def test_another_group_s_change_of_size_is_none_of_its_own(value):
+  def run(change, spike_factor=4.0):
+    tx = mechanize(
+      optax.adam(1.0), groups=".*", spike_factor=spike_factor, **FLAG
+    )
+    x = {"same": jnp.zeros(8), "other": jnp.zeros(8)}
+
+    def step(carry, i):
+      x, state = carry
+      noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (8,))
+      g = {"same": x["same"] - 30 + noise, "other": 100 * noise}
+      g["other"] *= jnp.where(i < 100, 1.0, change)
+      updates, state = tx.update(g, state, x)
+      return (optax.apply_updates(x, updates), state), None
+
+    steps = jnp.arange(200)
+    (x, state), _ = jax.jit(
+      lambda: jax.lax.scan(step, (x, tx.init(x)), steps)
+    )()
+    return x["same"], state
+
+  x, state = run(value)
+  expected, as_is = run(value, spike_factor=0.0)
+  np.testing.assert_allclose(x, expected, atol=2)
+  np.testing.assert_allclose(state.mean_norm[1], as_is.mean_norm[1], rtol=0.2)
+  assert state.skipped == (24 if value > 1 else 0)
 
 
 def test_gradients_that_come_late_find_a_small_scale():

@@ -90,12 +90,18 @@ def test_a_size_that_stays_is_the_usual_one(value):
   lasting = [i for i, verdict in enumerate(verdicts) if verdict.lasting]
   assert lasting == [44]
   # From largest to largest.
-  assert verdicts[44].change == pytest.approx(value, rel=0.5)
+  assert verdicts[44].change == pytest.approx(2 * [value], rel=0.5)
   at = [i for i, verdict in enumerate(verdicts) if not verdict.ok]
   assert at == (list(range(20, 44)) if value > 1 else [])
   # What the largest of the row say, not the last.
   row = [*[0.7 * value] * 20, 2.0 * value, *[0.7 * value] * 4]
-  assert judge([*GOOD, *row])[0][-1].change == pytest.approx(value, rel=0.3)
+  change = judge([*GOOD, *row])[0][-1].change
+  assert change == pytest.approx(2 * [value], rel=0.3)
+  # Each part has its own change, if any.
+  parts = [[norm, 1e-6 * norm, 0.0] for norm in GOOD]
+  parts += [[value * norm, *2 * [1e-6 * norm]] for norm in [*GOOD, *GOOD[:5]]]
+  change = judge(parts)[0][-1].change
+  assert change == pytest.approx([value, value, 1.0, 1.0], rel=0.5)
   # A spike of the new size is one.
   assert skipped([*GOOD, *later, 100 * value])[-1] == 80
 

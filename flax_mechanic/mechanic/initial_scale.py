@@ -22,6 +22,7 @@ def measure(
   S: jax.Array,
   x_norm: jax.Array,
   delta_squared: jax.Array,
+  begun: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Measures the scale at which an update moves x by the fraction rho.
 
@@ -36,6 +37,8 @@ def measure(
     S: the learned scale.
     x_norm: |x|.
     delta_squared: |Delta|^2.
+    begun: whether there was a gradient yet. Without one, Delta is the base's
+      weight decay alone, which says nothing about its updates.
 
   Returns:
     What is measured now, 0 if still nothing; and the initial scale to use.
@@ -45,7 +48,8 @@ def measure(
   age = jnp.where(seen, count, jnp.clip(count, 1, _MAX_AGE)).astype(S.dtype)
   present = rho * (1 + x_norm) * jnp.sqrt(age / delta_squared)
   smallest = jnp.where(seen, jnp.minimum(previous, present), present)
-  measurable = S * jnp.sqrt(delta_squared) > _MEASURABLE * x_norm
+  moved = S * jnp.sqrt(delta_squared) > _MEASURABLE * x_norm
+  measurable = begun & moved
   measured = jnp.where(measurable, smallest, previous)
   rising = s_init * jnp.minimum(10.0**count, _MAX_RISE)
   return measured, jnp.where(measured > 0, measured, rising)

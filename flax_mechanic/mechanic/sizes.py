@@ -73,14 +73,15 @@ class Sizes(NamedTuple):
 
 
 class Verdict(NamedTuple):
-  """What to do with a gradient, scalars.
+  """What to do with a gradient; scalars, if nothing else is said.
 
   Attributes:
     ok: whether it is used; otherwise nothing changes.
     restart: whether the ones before it were bad, so that the optimizer has to
       be as before the first; then it is not used.
     lasting: whether a lasting change of the sizes is accepted.
-    change: by how much it has multiplied them; 1 if there is none.
+    change: by how much it has multiplied them, [1 + parts], like `Sizes.peak`;
+      1 where there is none.
   """
 
   ok: jax.Array
@@ -192,7 +193,9 @@ def judge(
   )
   before_it = jnp.where(restart, 0.0, state.largest)
   skipped = ~ok
-  change = jnp.where(lasting, pending[0] / peak, 1.0)
+  has_changed = lasting & (pending > 0) & (state.peak > 0)
+  change = jnp.where(has_changed, pending, 1.0)
+  change /= jnp.where(has_changed, state.peak, 1.0)
   return Verdict(ok & known, restart, lasting, change), Sizes(
     peak=new_peak,
     largest=jnp.maximum(before_it, new_peak),

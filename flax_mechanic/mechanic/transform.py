@@ -349,8 +349,9 @@ class _Mechanic:
       # An x0 of long ago, such as one of an adopted run, is no start.
       may_restart=state.count < sizes.YOUNG,
     )
-    h, s_init, memory = self._h(sums, state, verdict.change)
-    tuned = self.tuner.update(state.tuner.resized(verdict.change), h, s_init)
+    change = verdict.change[1:].reshape(state.scale.shape)
+    h, s_init, memory = self._h(sums, state, change)
+    tuned = self.tuner.update(state.tuner.resized(change), h, s_init)
     # Without it XLA:CPU computes the scalars anew in each leaf's fusion (jax
     # 0.12).
     ok, restart, forget, S = jax.lax.optimization_barrier(
@@ -441,6 +442,7 @@ class _Mechanic:
         S=state.scale,
         x_norm=x_norm,
         delta_squared=dd[0],
+        begun=(gg > 0) | (state.sizes.largest[1:].reshape(gg.shape) > 0),
       )
     if self.mean_decay:
       g_norm = mean_norm = _mean(mean_norm, g_norm, state.count + 1)

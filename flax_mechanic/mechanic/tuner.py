@@ -53,7 +53,11 @@ class TunerState(NamedTuple):
     """Returns the state as if every h so far had been `change` times as large.
 
     The scale is then the same.
+
+    Args:
+      change: of the groups' shape.
     """
+    change = change[..., None]
     return TunerState(
       self.r * change, self.m * change, self.v * change**2, self.s
     )

@@ -75,8 +75,14 @@ def map_with_parameters(
   )
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def by_path(
+  tree: Any, name_of: Callable[[Any], str] = leaf_path
+) -> dict[str, Any]:
   """Returns path -> leaf.
+
+  Args:
+    tree: any.
+    name_of: a leaf's path -> the path as text.
 
   Raises:
     UsageError: two leaves have one path, such as those of
@@ -84,7 +90,7 @@ def by_path(tree: Any) -> dict[str, Any]:
   """
   leaves: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = leaf_path(path)
+    name = name_of(path)
     if name in leaves:
       raise UsageError(
         f"two arrays have the path {name!r}; a key with a slash in it is the "

@@ -157,7 +157,9 @@ def test_a_linen_run_of_optax_mechanize_goes_on_as_it_would(tmp_path):
     tx=mechanize(base, spike_factor=0.0),
   )
   ours, notes = ours.init_from(tmp_path / "plain")
-  assert "restarts" not in " ".join(notes)
+  # What optax does not have is not named.
+  taken = "count, m, mu, nu, r, s, scale, v, x0"
+  assert notes[1:] == [f"taken from its optimizer: {taken}"]
   same(ours.params, theirs.params)
   same(ours.opt_state.x0, theirs.opt_state[1].x0)
   before = network.params()
@@ -435,6 +437,35 @@ def test_two_copies_are_one_too_many(tmp_path):
   with pytest.raises(UsageError, match=r"ema/, raw/; .*, {'ema': params}\)"):
     load_params(tmp_path / "odd", w)
   same(load_params(tmp_path / "odd", {"ema": w})["ema"], w)
+
+
+@pytest.mark.parametrize(
+  "tx", [optax.sgd(0.1, momentum=0.9), mechanize(optax.sgd(0.1))]
+)
+def test_an_optimizer_s_tree_is_not_taken(tmp_path, tx):
+  w = {"w": jnp.ones(2)}
+  save_standard(tmp_path / "both", {"params": w, "opt_state": tx.init(w)})
+  same(load_params(tmp_path / "both", w), w)
+  save_standard(tmp_path / "state", tx.init(w))
+  with pytest.raises(UsageError, match="no parameters, only an optimizer's"):
+    load_params(tmp_path / "state", w)
+  # A container may be called like a field of a state.
+  save_standard(tmp_path / "gan", {"m": w, "d": {"v": jnp.ones(2)}})
+  same(load_params(tmp_path / "gan", w), w)
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_parameters_in_their_variables(tmp_path, boxed):
+  # Each array is then in an attribute `value`, beside others that are not.
+  model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+  params = nnx.state(model)
+  tree = params if boxed else nnx.to_pure_dict(params)
+  save_standard(tmp_path / "run", {"params": tree, "count": jnp.int32(3)})
+  for wanted in (params, nnx.to_pure_dict(params)):
+    zeros = jax.tree.map(jnp.zeros_like, wanted)
+    loaded = load_params(tmp_path / "run", zeros)
+    same(loaded, wanted)
+  nnx.update(model, load_params(tmp_path / "run", params))
 
 
 @pytest.mark.parametrize("momentum", [True, False])

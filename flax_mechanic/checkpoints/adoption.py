@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from flax_mechanic.checkpoints import record as record_lib
@@ -30,6 +31,13 @@ from flax_mechanic.paths import by_path, leaf_path
 _OFFSETS = ("x0", "delta")
 # How prefixes of parameters usually end.
 _USUAL = re.compile(r"(?:(?:^|(?<=/))(?:params|model)/)+$")
+
+# The fields of each of optax's states.
+_STATES = [
+  set(each._fields)
+  for each in (*vars(optax).values(), *vars(optax.contrib).values())
+  if hasattr(each, "_fields")
+]
 
 # Field -> path of a parameter, or "" for a field that is one leaf -> path.
 _Fields = Mapping[str, Mapping[str, str]]
@@ -146,8 +154,8 @@ class _Checkpoint:
 
   Attributes:
     name: its folder, that of the newest step if there are several.
-    shapes: path of a leaf -> its shape. The path starts with the item's name;
-      NNX's "value" at the end is left out.
+    shapes: `_unboxed` path of a leaf -> its shape. The path starts with the
+      item's name.
     config: field -> value, if a run of ours saved it.
   """
 
@@ -163,11 +171,9 @@ class _Checkpoint:
       with _advice():
         arrays = SavedArrays(folder, self.name)
         record = _record(folder, self.name)
-      # The leaves of an nnx.State are variables, each with a value.
-      of_nnx = all(path.endswith("/value") for path in arrays.shapes)
       paths = {}
       for path, shape in arrays.shapes.items():
-        short = path.removesuffix("/value") if of_nnx else path
+        short = _unboxed(path)
         full = f"{name}/{short}" if name else short
         paths[full], self.shapes[full] = path, shape
       self.config = record.get("config", self.config)
@@ -208,6 +214,19 @@ class _Item(NamedTuple):
   arrays: SavedArrays
   paths: Mapping[str, str]
   descriptions: Descriptions | None
+
+
+def _unboxed(path: str) -> str:
+  """Returns a leaf's path without the name of what an NNX variable or Linen's
+  `Partitioned` holds.
+
+  A parameter that is called so itself loses it here and in what was saved.
+  """
+  return path.removesuffix("/value")
+
+
+def _name(path: Any) -> str:
+  return _unboxed(leaf_path(path))
 
 
 def _record(item: Any, name: str) -> Mapping[str, Any]:
@@ -280,7 +299,7 @@ def _load_params(
   saved: _Checkpoint, params: optax.Params, new: Collection[str] = ()
 ) -> tuple[optax.Params, Sequence[str]]:
   """Returns the parameters, and the paths of those that were not saved."""
-  wanted = by_path(params)
+  wanted = by_path(params, _name)
   prefix = _prefix(saved, [path for path in wanted if path not in new])
   missing = [path for path in wanted if prefix + path not in saved.shapes]
   wanted = {k: v for k, v in wanted.items() if k not in missing}
@@ -297,7 +316,7 @@ def _load_params(
     )
   loaded = saved.load({prefix + path: leaf for path, leaf in wanted.items()})
   found = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: loaded.get(prefix + leaf_path(path), leaf), params
+    lambda path, leaf: loaded.get(prefix + _name(path), leaf), params
   )
   return found, missing
 
@@ -324,7 +343,21 @@ def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:
       f"{saved.name} holds no {', '.join(missing[:3])}{more}; train the model "
       "that was saved"
     )
-  return _choose(saved.name, complete)
+  found = _choose(saved.name, complete)
+  if _is_optimizer_s(saved, found):
+    raise UsageError(
+      f"{saved.name} holds no parameters, only an optimizer's {found[:-1]}; "
+      "name the folder that they are in, or one with both in it"
+    )
+  return found
+
+
+def _is_optimizer_s(saved: _Checkpoint, prefix: str) -> bool:
+  """Whether the tree at a prefix is a field of a state of optax."""
+  node, slash, _ = prefix[:-1].rpartition("/")
+  inside = [path for path in saved.shapes if path.startswith(node + slash)]
+  fields = {path.removeprefix(node + slash).split("/")[0] for path in inside}
+  return bool(prefix) and (fields in _STATES or _is_mechanic(fields))
 
 
 def _choose(name: str, starts: Sequence[str]) -> str:
@@ -368,7 +401,7 @@ def _load_opt_state(
   keeps_tuner: bool,
 ) -> tuple[optax.OptState, str]:
   """Returns the state with all that fits of the saved one, and a note on it."""
-  leaves, parameters = by_path(opt_state), by_path(params)
+  leaves, parameters = by_path(opt_state, _name), by_path(params, _name)
   here, there = _states(leaves, parameters), _states(saved.shapes, parameters)
   values: dict[str, jax.Array] = {}
   taken, restarts = set(), set()
@@ -380,19 +413,24 @@ def _load_opt_state(
     if source is None or (_is_mechanic(fields) and not keeps_tuner):
       restarts |= names
       continue
-    taken |= names
     if _is_mechanic(fields):
-      values |= _load_mechanic(saved, source, fields, leaves, parameters)
-      continue
-    pairs = {
-      fields[field][key]: source[field][key]
-      for field in fields
-      for key in fields[field]
+      found = _load_mechanic(saved, source, fields, leaves, parameters)
+    else:
+      pairs = {
+        fields[field][key]: source[field][key]
+        for field in fields
+        for key in fields[field]
+      }
+      loaded = saved.load({path: leaves[mine] for mine, path in pairs.items()})
+      found = {mine: loaded[path] for mine, path in pairs.items()}
+    values |= found
+    taken |= {
+      field.split("/")[0]
+      for field, paths in fields.items()
+      if found.keys() & paths.values()
     }
-    loaded = saved.load({path: leaves[mine] for mine, path in pairs.items()})
-    values |= {mine: loaded[path] for mine, path in pairs.items()}
-  found = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: values.get(leaf_path(path), leaf), opt_state
+  state = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: values.get(_name(path), leaf), opt_state
   )
   note = (
     f"taken from its optimizer: {', '.join(sorted(taken))}"
@@ -401,7 +439,7 @@ def _load_opt_state(
   )
   if restarts - taken:
     note += f"; restarts: {', '.join(sorted(restarts - taken))}"
-  return found, note
+  return state, note
 
 
 def _states(
@@ -468,8 +506,8 @@ def _find_state(
   return found[0] if len(found) == 1 else None
 
 
-def _is_mechanic(fields: _Fields) -> bool:
-  return fields.keys() >= TUNER
+def _is_mechanic(fields: Collection[str]) -> bool:
+  return set(fields) >= TUNER
 
 
 def _has_offsets(

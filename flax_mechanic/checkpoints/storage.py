@@ -337,7 +337,7 @@ def _connect(scheme: str) -> None:
   except ImportError as error:
     raise UsageError(
       f"{scheme}:// needs {error.name}, which is not installed; type"
-      f' pip install "flax_mechanic[{extra}]"'
+      f' pip install -e ".[{extra}]"'
     ) from error
   for name in ("gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth"):
     logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -551,14 +551,18 @@ def test_subprocess_ctrl_c_while_it_imports(module):
 
 
 @pytest.mark.parametrize(
-  "module",
+  ("module", "says"),
   [
-    ["train.main", "--help", "--config=configs/digits.py"],
-    pytest.param(["train.inspect", "{workdir}"], marks=pytest.mark.slow),
+    (["train.main", "--help", "--config=configs/digits.py"], ""),
+    pytest.param(
+      ["train.inspect", "{workdir}"],
+      "error: the reader of this output has gone; the same command resumes\n",
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=["main", "inspect"],
+  ids=["help", "inspect"],
 )
-def test_subprocess_that_nobody_reads(tmp_path, module):
+def test_subprocess_that_nobody_reads(tmp_path, module, says):
   for step in (1, 2):
     (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
   reader, writer = os.pipe()
@@ -571,9 +575,7 @@ def test_subprocess_that_nobody_reads(tmp_path, module):
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )
   os.close(writer)
-  assert done.returncode == 1
-  assert "the reader of this output has gone" in done.stderr
-  assert "Traceback" not in done.stderr
+  assert (done.returncode, done.stderr) == (1, says)
 
 
 def test_a_broken_pipe_that_is_not_the_output_s_is_a_defect():

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import absl.logging
@@ -32,13 +32,30 @@ def run_command(
   quieten(absl.logging.ERROR)
   arguments = sys.argv[1:] if argv is None else argv
   if not {"-h", "--help"}.isdisjoint(arguments):
-    print((doc or "").strip())
-    return 0
+    return print_help([(doc or "").strip()])
   try:
     for line in report(arguments):
       print(printable(line), flush=True)
   except Exception as error:
     return failed(error)
+  return 0
+
+
+def print_help(parts: Iterable[str]) -> int:
+  """Prints a command's help, as far as it is read.
+
+  Args:
+    parts: of the help, one below the other.
+
+  Returns:
+    The exit status: 1 if nothing reads the output any more.
+  """
+  for part in parts:
+    try:
+      print(part, flush=True)
+    except BrokenPipeError:
+      _discard_output()
+      return 1
   return 0
 
 
@@ -101,8 +118,7 @@ def _closed_output() -> int:
   try:
     print(flush=True)
   except BrokenPipeError:
-    # Python flushes standard output when it exits, which would fail again.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_output()
   else:
     raise
   print(
@@ -110,6 +126,14 @@ def _closed_output() -> int:
     file=sys.stderr,
   )
   return 1
+
+
+def _discard_output() -> None:
+  """Has standard output go nowhere.
+
+  Python flushes it at exit, which would fail where nothing reads it.
+  """
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -18,14 +18,14 @@ For example:
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import absl.logging
 
 import flax_mechanic
 from flax_mechanic.errors import UsageError
 from train import flags
-from train.command import failed, quieten
+from train.command import failed, print_help, quieten
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   quieten(absl.logging.WARNING)
   try:
     if not {"-h", "--help"}.isdisjoint(arguments):
-      _print_help(arguments)
-      return 0
+      return print_help(_help(arguments))
     if "--config.optimizer=help" in arguments:
-      print(flax_mechanic.describe(), flush=True)
-      return 0
+      return print_help([flax_mechanic.describe()])
     config, workdir, given = flags.parse(arguments)
     # These imports take seconds; a typo should be reported before them.
     try:
@@ -70,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
-def _print_help(arguments: Sequence[str]) -> None:
-  print((__doc__ or "").strip())
+def _help(arguments: Sequence[str]) -> Iterator[str]:
+  yield (__doc__ or "").strip()
   files = [each for each in arguments if each.startswith("--config=")]
   for file in files[-1:]:
-    print(f"\nThe fields of {file}:\n")
     config = flags.load_config(file.removeprefix("--config="))
-    print("\n".join(flags.fields(config)), flush=True)
+    yield f"\nThe fields of {file}:\n"
+    yield "\n".join(flags.fields(config))
 
 
 if __name__ == "__main__":

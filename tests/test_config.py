@@ -652,6 +652,9 @@ def test_register_adds_a_transformation_to_the_flag():
     flax_mechanic.register("signed", signum)
   with pytest.raises(UsageError, match="identifier"):
     flax_mechanic.register("sig-num", signum)
+  made: Any = signum(0.01)
+  with pytest.raises(UsageError, match=r"register build\(learning_rate"):
+    flax_mechanic.register("made", made)
 
 
 @pytest.mark.parametrize(

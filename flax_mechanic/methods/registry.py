@@ -168,7 +168,8 @@ def register(
     The new row.
 
   Raises:
-    UsageError: the name is taken or is not an identifier.
+    UsageError: the name is taken or is not an identifier, or `build` is a
+      transformation.
 
   Example:
     >>> def half_sign(learning_rate, beta=0.9):
@@ -184,6 +185,12 @@ def register(
     raise UsageError(f"optimizer name {name!r} must be a Python identifier")
   if name in _TABLE:
     raise UsageError(f"optimizer {name!r} is registered already; rename yours")
+  if not callable(build):
+    raise UsageError(
+      f"optimizer {name!r} is registered as a {type(build).__name__}, not as a "
+      "function that makes one; register build(learning_rate, **options), such "
+      "as optax.adam"
+    )
   if options is None:
     options = default_options(build)
   if fields.get("tuned", True):

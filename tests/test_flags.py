@@ -435,7 +435,7 @@ def test_what_is_not_installed_is_said(job, capsys, monkeypatch):
   assert _run(capsys) == (
     2,
     "error: training needs clu, which is not installed; type"
-    ' pip install "flax_mechanic[train]"\n',
+    ' pip install -e ".[train]"\n',
   )
 
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
       raise UsageError(
         f"training needs {error.name}, which is not installed; type"
-        ' pip install "flax_mechanic[train]"'
+        ' pip install -e ".[train]"'
       ) from error
 
     with processes.connect(given):

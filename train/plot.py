@@ -47,7 +47,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   except ImportError as error:
     raise UsageError(
       "train.plot needs matplotlib, which is not installed; type"
-      ' pip install "flax_mechanic[train]"'
+      ' pip install -e ".[train]"'
     ) from error
   names = sorted(
     name for name in set().union(*runs.values()) if not name.endswith(_LEFT_OUT)

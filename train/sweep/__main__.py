@@ -63,7 +63,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   except ImportError as error:
     raise UsageError(
       f"train.sweep needs {error.name}, which is not installed; type"
-      ' pip install "flax_mechanic[sweep]"'
+      ' pip install -e ".[sweep]"'
     ) from error
   units = plan.make_units(config)
   flags.check_workdir(given["workdir"])

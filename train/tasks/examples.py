@@ -95,7 +95,7 @@ def scikit_learn(task: str) -> Any:
   except ImportError as e:
     raise UsageError(
       f"config.task={task!r} reads its data from scikit-learn, which is not"
-      ' installed; type pip install "flax_mechanic[train]"'
+      ' installed; type pip install -e ".[train]"'
     ) from e
   return datasets
 

@@ -144,6 +144,6 @@ def _library() -> Any:
   except ModuleNotFoundError as error:
     raise UsageError(
       "config.data.tokenizer needs tokenizers, which is not installed; type"
-      ' pip install "flax_mechanic[text]"'
+      ' pip install -e ".[text]"'
     ) from error
   return tokenizers

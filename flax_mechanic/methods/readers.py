@@ -33,7 +33,10 @@ def scalars(opt_state: Any) -> Scalars:
     Name -> scalar: each method's own, such as "mechanic/scale";
     "learning_rate/effective", the schedule's present value times the scales
     learned on top of it; and where bad gradients are skipped, "skipped", how
-    many were, and "skipped_in_a_row", how many since the last good one.
+    many were, and "skipped_in_a_row", how many since the last good one. The
+    states of optax's own optimizers do not hold the schedule's value, so under
+    `mechanize(optax.adamw(schedule))` it is left out of the product. It is in
+    those of `make_optimizer` and `optax.inject_hyperparams`.
 
   Example:
     >>> import jax.numpy as jnp, optax

@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,14 +201,19 @@ def test_the_table_of_fields_is_every_job_s():
 
   config = get_config()
   del config.opt
-  rows = pages.table("docs/options.md", "| field | default | meaning |")
   listed = {}
-  for cells in rows:
+  for cells in (
+    row
+    for field in ("field", "field of `train.main`")
+    for row in pages.table(
+      "docs/options.md", f"| {field} | default | meaning |"
+    )
+    if not row[0].startswith("`opt.")
+  ):
     names, values = (re.split(", ", cell) for cell in cells[:2])
     listed |= {
       name.strip("`"): cell for name, cell in zip(names, values, strict=True)
     }
-  assert listed.pop("opt.NAME.OPTION")
   fields = dict(flat(config))
   # Each job's file sets its task.
   assert fields.keys() - listed.keys() == {"task"}
@@ -216,6 +222,28 @@ def test_the_table_of_fields_is_every_job_s():
     if not cell.startswith("the "):
       expected = None if fields[name] == "" else as_stated(fields[name])
       assert stated(cell) == expected, name
+
+
+def test_the_call_with_the_flag_s_defaults_computes_the_same():
+  ((_, code),) = pages.blocks("docs/options.md", "python")
+  schedule = flax_mechanic.make_schedule("warmup_cosine", 30, 3)
+  names: dict[str, Any] = {
+    "flax_mechanic": flax_mechanic,
+    "optax": optax,
+    "schedule": schedule,
+  }
+  exec(code, names)
+  config = flax_mechanic.add_optimizer_config(ConfigDict(), "mechanic")
+  x, *_ = network.train(names["tx"], 30)
+  y, *_ = network.train(flax_mechanic.make_optimizer(config, schedule), 30)
+  jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+def test_the_first_table_of_fields_is_what_a_job_gets():
+  rows = pages.table("docs/options.md", "| field | default | meaning |")
+  names = {row[0].strip("`").partition(".")[0] for row in rows}
+  added = flax_mechanic.add_optimizer_config(ConfigDict())
+  assert names == {*added, "learning_rate"}
 
 
 def test_the_readme_s_summary_is_a_part_of_the_sweep_s():

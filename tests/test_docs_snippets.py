@@ -65,6 +65,9 @@ def given(code, folder):
     plain = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
     save_standard(folder / "plain", nnx.state((model, plain)))
     found["FOLDER"] = folder / "plain"
+  if "OUT" in code:
+    save_standard(folder / "out", nnx.state(model))
+    found["OUT"] = folder / "out"
   if "import torch" in code:
     torch = pytest.importorskip("torch")
     found["torch_model"] = torch.nn.Linear(8, 1)

@@ -275,7 +275,7 @@ class Optimizer(nnx.Optimizer):
         statistics included.
       directory: a run's --workdir, or a folder that Orbax wrote.
       params_only: whether to leave the saved optimizer's state.
-      config: the job's, an ml_collections one, to be compared with the saved.
+      config: the job's, to be compared with the saved one.
 
     Returns:
       Sentences on what was taken and what restarts.

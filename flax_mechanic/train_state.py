@@ -217,7 +217,7 @@ class TrainState(train_state.TrainState, kw_only=True):
     Args:
       directory: a run's --workdir, or a folder that Orbax wrote.
       params_only: whether to leave the saved optimizer's state.
-      config: the job's, an ml_collections one, to be compared with the saved.
+      config: the job's, to be compared with the saved one.
 
     Returns:
       The state, its `step` as it was, and sentences on what was taken and what

@@ -1,10 +1,12 @@
 """`Checkpointer`: what is saved comes back, and what does not fit is named."""
 
+import dataclasses
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +88,46 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path):
     state, loss = step(state, x)
     resumed.append(loss)
   np.testing.assert_array_equal(resumed, losses[6:])
+
+
+@dataclasses.dataclass
+class Options:
+  lr: float
+  shape: tuple[int, ...] = (2, 3)
+
+
+@dataclasses.dataclass
+class Config:
+  num_steps: int
+  opt: Any
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda num_steps: Config(num_steps, {"sgd": Options(0.1)}),
+    lambda num_steps: ConfigDict(
+      {"num_steps": num_steps, "opt": {"sgd": vars(Options(0.1))}}
+    ),
+    lambda num_steps: types.SimpleNamespace(
+      num_steps=num_steps, opt={"sgd": Options(0.1)}
+    ),
+    lambda num_steps: {"num_steps": num_steps, "opt": {"sgd": Options(0.1)}},
+  ],
+  ids=["dataclass", "ConfigDict", "namespace", "dict"],
+)
+def test_a_config_of_any_kind_is_compared(tmp_path, make):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"w": jnp.ones(2)}, config=make(10))
+    checkpointer.wait()
+    restored = checkpointer.restore({"w": jnp.ones(2)}, config=make(20))
+    saved = checkpointer.read(1)["config"]
+  assert restored.changed == {"num_steps": (10, 20)}
+  assert saved == {
+    "num_steps": 10,
+    "opt.sgd.lr": 0.1,
+    "opt.sgd.shape": [2, 3],
+  }
 
 
 def test_only_the_newest_are_kept(tmp_path):

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from ml_collections import ConfigDict
 
 from flax_mechanic.checkpoints import record as record_lib
 from flax_mechanic.checkpoints import storage
@@ -96,7 +95,7 @@ def adopt(
   *,
   params_only: bool = False,
   new: Collection[str] = (),
-  config: ConfigDict | None = None,
+  config: Any = None,
 ) -> Adopted:
   """Starts an optimizer where another run's checkpoint ended.
 

@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from flax_mechanic.checkpoints import record as record_lib
 from flax_mechanic.checkpoints import savable
@@ -163,7 +162,7 @@ class Checkpointer:
     step: int,
     state: Any,
     *,
-    config: ConfigDict | None = None,
+    config: Any = None,
     data: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
   ) -> None:
@@ -172,7 +171,8 @@ class Checkpointer:
     Args:
       step: must be above `latest()`, and fit in an int32.
       state: an `nnx.State` or any other pytree of arrays.
-      config: the run's config.
+      config: the run's config, an ml_collections one or any that
+        `make_optimizer` takes, such as a dataclass.
       data: the position in the data, anything JSON can hold, and arrays, which
         come back as lists.
       metrics: the step's metrics, numbers, by which `best` chooses.
@@ -226,7 +226,7 @@ class Checkpointer:
     target: Any,
     *,
     step: int | None = None,
-    config: ConfigDict | None = None,
+    config: Any = None,
     part: bool = False,
   ) -> Restored:
     """Restores a step into the structure, dtypes and placement of `target`.
@@ -377,7 +377,7 @@ class Checkpointer:
     self.close()
 
   def _restore(
-    self, step: int, target: Any, config: ConfigDict | None, part: bool
+    self, step: int, target: Any, config: Any, part: bool
   ) -> Restored:
     record = self._read(step)
     changed = record_lib.changed(record["config"], config)

@@ -1,5 +1,6 @@
 """What a checkpoint says beside its arrays, and how it differs from a run."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -84,16 +85,34 @@ def versions() -> Mapping[str, str]:
   return {name: metadata.version(name) for name in _LIBRARIES}
 
 
-def flat_config(config: ConfigDict | None) -> dict[str, Any]:
-  """Returns field -> value, such as "schedule.name" -> "constant"."""
+def flat_config(config: Any) -> dict[str, Any]:
+  """Returns field -> value, such as "schedule.name" -> "constant".
+
+  Args:
+    config: an ml_collections one, or any that `make_optimizer` takes, such as a
+      dataclass.
+  """
   if config is None:
     return {}
+  if not isinstance(config, ConfigDict):
+    fields = _as_dicts(config)
+    config = ConfigDict(fields if isinstance(fields, dict) else vars(config))
   nested = json.loads(config.to_json_best_effort())
   return traverse_util.flatten_dict(nested, sep=".")
 
 
+def _as_dicts(group: Any) -> Any:
+  """Returns dataclasses and mappings, nested ones too, as dicts."""
+  if dataclasses.is_dataclass(group) and not isinstance(group, type):
+    names = (field.name for field in dataclasses.fields(group))
+    group = {name: getattr(group, name) for name in names}
+  if isinstance(group, Mapping):
+    return {name: _as_dicts(value) for name, value in group.items()}
+  return group
+
+
 def changed(
-  saved: Mapping[str, Any], config: ConfigDict | None
+  saved: Mapping[str, Any], config: Any
 ) -> dict[str, tuple[Any, Any]]:
   """Returns config field -> (saved, present value), where they differ."""
   present = flat_config(config)

@@ -283,6 +283,21 @@ def parse(*arguments):
   ).processes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_peers_do_not_come(index):
+  given = f"flags.Processes('localhost:{free_port()}', 2, {index})"
+  code = (
+    "from train import flags, processes; processes._PATIENCE = 1;"
+    f"processes.connect({given})"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
+  )
+  assert done.returncode == 75
+  assert "did not come in 1 seconds; start all of them" in done.stderr
+
+
 def test_flags():
   assert parse() is None
   assert parse(

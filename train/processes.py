@@ -17,7 +17,11 @@ from jax.experimental import multihost_utils
 from flax_mechanic.errors import UsageError
 from train import files
 from train.flags import Processes
-from train.lifeline import Lifeline, delay_abort
+from train.lifeline import LOST, Lifeline, delay_abort
+
+# How long to wait for the other processes, in seconds: less than jax's five
+# minutes, after which it aborts.
+_PATIENCE = 280
 
 
 def connect(
@@ -36,11 +40,27 @@ def connect(
   Raises:
     UsageError: the environment describes the processes incompletely.
   """
-  _initialize(given)
+  alone = threading.Timer(_PATIENCE, _give_up)
+  alone.daemon = True
+  alone.start()
+  try:
+    _initialize(given)
+  finally:
+    alone.cancel()
   if jax.process_count() == 1:
     return contextlib.nullcontext()
   delay_abort()
   return Lifeline(distributed.global_state)
+
+
+def _give_up() -> None:
+  print(
+    f"error: the job's other processes did not come in {_PATIENCE} seconds; "
+    "start all of them, with the same command",
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(LOST)
 
 
 def _initialize(given: Processes | None) -> None:

@@ -134,6 +134,9 @@ def test_a_row_of_moderate_gradients_is_soon_accepted():
   row = lambda *norms: skipped([*GOOD, *norms, *GOOD])
   assert row(10.0, *[5.0] * 5) == list(range(20, 25))
   assert row(10.0, *[5.0] * 4) == list(range(20, 25))
+  # It may be over as soon.
+  verdicts, _ = judge([*GOOD, *[10.0] * 24])
+  assert not any(verdict.lasting for verdict in verdicts)
   assert row(*[11.0] * 24) == list(range(20, 44))
   assert row(*[11.0] * 5, *[5.0] * 19) == list(range(20, 44))
   # A larger one among them is not used, and counts for little.

@@ -25,11 +25,12 @@ _RESTART = 50.0
 # the usual one then, but each raises it at most by this factor, so that a spike
 # among them does little. A gradient is unusually small if it is so many times
 # smaller than the smallest of late; where gradients vanish bit by bit, as on
-# data that is memorized, none is. Fewer are enough if they are hardly spikes,
-# at most so many times the limit: an update may have led to a place with larger
-# gradients, and only gradients lead away from it.
+# data that is memorized, none is.
 _LASTING = 25
-_LASTING_MODERATE = 6
+# Fewer in a row are used if they are hardly spikes, at most so many times the
+# limit: an update may have led to a place with larger gradients, and only
+# gradients lead away from it. That is no lasting change.
+_SOON = 6
 _MODERATE = 1.5
 _RISE = 2.0
 _SMALL = 20.0
@@ -118,12 +119,12 @@ def judge(
   - So is a spike: the norm of the whole is more than `factor` times the largest
     one of late, or that of a part is more than twice as many times. A bad
     gradient does not change what is known, so that any number of them is told
-    from good ones. But after 25 unusual gradients in a row, or 6 that are at
-    most 1.5 times the limit, the size that they have is the usual one.
-    Right after a bad gradient, twice the largest norm is enough for a spike.
-    After more than 5 rows of spikes with fewer than 64 other gradients to each,
-    one of which no part is larger than the largest one ever used is no spike:
-    it is of examples that are rarely wrong by now.
+    from good ones. But after 25 unusual gradients in a row, the size that they
+    have is the usual one; and the sixth in a row is used if none of them is
+    above 1.5 times the limit. Right after a bad gradient, twice the largest
+    norm is enough for a spike. After more than 5 rows of spikes with fewer than
+    64 other gradients to each, one of which no part is larger than the largest
+    one ever used is no spike: it is of examples that are rarely wrong by now.
   - If one of the first ten is 50 times smaller than all before it, those were
     bad.
   - Zeros in front of the first gradient are no gradients.
@@ -170,11 +171,11 @@ def judge(
   moderate = is_spike & jnp.all(
     (of_row <= _MODERATE * factor * allowed) | (of_row <= _PART * peak)
   )
-  enough = jnp.where(moderate, _LASTING_MODERATE, _LASTING)
   # A spike that comes alone after small ones is none of their row.
-  in_row = is_small | (state.skipped_in_a_row >= _LASTING_MODERATE - 1)
-  lasting = (unusual >= enough) & in_row
-  ok = finite & ~restart & (~is_spike | lasting)
+  in_row = is_small | (state.skipped_in_a_row >= _SOON - 1)
+  lasting = in_row & (unusual >= _LASTING)
+  soon = in_row & (unusual >= _SOON) & moderate
+  ok = finite & ~restart & (~is_spike | lasting | soon)
   # Unless zeros come first, of which nothing follows.
   known = (norm > 0) | (peak > 0)
 
@@ -202,7 +203,9 @@ def judge(
     least=jnp.where(known_anew, norm, jnp.where(usual, least, state.least)),
     # A gradient that is not finite says nothing about sizes.
     pending=jnp.where(finite, pending, state.pending),
-    unusual=jnp.where(finite, jnp.where(lasting, 0, unusual), state.unusual),
+    unusual=jnp.where(
+      finite, jnp.where(lasting | soon, 0, unusual), state.unusual
+    ),
     spikes=jnp.where(lasting, 0.0, spikes),
     young=state.young - (finite & (norm > 0)) * jnp.sign(state.young),
     skipped=state.skipped + skipped,

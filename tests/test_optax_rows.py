@@ -232,6 +232,37 @@ def test_a_plateau_reduces_the_rate_inside_its_base(base):
     np.testing.assert_allclose(1 - state.params, RATE * sum(factors), rtol=1e-5)
 
 
+@pytest.mark.parametrize("base", ["adamw", "mechanic", "schedule_free"])
+def test_a_plateau_counts_no_loss_of_a_skipped_gradient(base):
+  options = {"patience": 2, "accumulation_size": 1}
+  name = "reduce_on_plateau"
+  tx = build(
+    name,
+    **under(name, base=base, **options),
+    **under("schedule_free", base="mechanic"),
+  )
+  update = jax.jit(tx.update)
+
+  def train(factors):
+    x = {"w": jnp.ones(4)}
+    state = tx.init(x)
+    for i, factor in enumerate(factors):
+      value = jnp.float32(10.0 - i if factor == 1 else factor)
+      g = {"w": jnp.full(4, factor)}
+      updates, state = update(g, state, x, value=value)
+      x = optax.apply_updates(x, updates)
+    return optax.tree.get(state, "best_value"), flax_mechanic.scalars(state)
+
+  best, found = train([1.0] * 5 + [np.nan] * 4 + [1.0] * 2)
+  assert found["skipped"] == 4
+  assert found["reduce_on_plateau/factor"] == 1.0
+  assert best == 0.0
+  # The first ones were bad, so their small loss is forgotten.
+  best, found = train([-1e6, 1.0, 1.0])
+  assert found["skipped"] == 1
+  assert best == 8.0
+
+
 @pytest.mark.slow
 def test_a_plateau_over_sgd_is_optax_s_chain(x64):
   options = {"factor": 0.5, "patience": 1, "rtol": 0.3}

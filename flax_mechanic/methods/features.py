@@ -65,7 +65,8 @@ def reduce_on_plateau(
   """Reduces the learning rate inside `tx` by what `plateau` reduces updates by.
 
   Reduced updates would differ from what the states of several methods remember
-  of them (mechanic's offset, schedule_free's iterates, cocob's positions).
+  of them (mechanic's offset, schedule_free's iterates, cocob's positions). The
+  loss of a gradient that Mechanic skips does not count.
 
   Args:
     tx: a transformation around `injected`.
@@ -77,12 +78,15 @@ def reduce_on_plateau(
     return tx.init(params), plateau.init(params)
 
   def update(updates, state, params=None, **extra_args):
-    inner_state, reduced = state
+    before, plateau_before = state
     factor, reduced = plateau.update(
-      jnp.ones([]), reduced, value=extra_args["value"]
+      jnp.ones([]), plateau_before, value=extra_args["value"]
     )
     extra_args["rate_factor"] = factor
-    updates, inner_state = tx.update(updates, inner_state, params, **extra_args)
+    updates, inner_state = tx.update(updates, before, params, **extra_args)
+    choose = _choice(before, inner_state)
+    start = plateau.init(updates)
+    reduced = jax.tree.map(choose, reduced, plateau_before, start)
     return updates, (inner_state, reduced)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -235,8 +239,7 @@ def schedule_free(
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, optax.OptState]:
-    before = _mechanic_counts(state.base_optimizer_state)
-    if not before:
+    if not _mechanic_counts(state.base_optimizer_state):
       return plain.update(updates, state, params, **extra_args)
     z = state.z
 
@@ -247,10 +250,7 @@ def schedule_free(
     moves_z = optax.GradientTransformationExtraArgs(base.init, update_z)
     tx: Any = average(moves_z)
     moved, new = tx.update(updates, state, params, **extra_args)
-    (before,), (after,) = before, _mechanic_counts(new.base_optimizer_state)
-    choose = lambda new, old, start: jnp.where(
-      after > before, new, jnp.where(after < before, start, old)
-    )
+    choose = _choice(state.base_optimizer_state, new.base_optimizer_state)
     moved = jax.tree.map(
       lambda u, z, y: choose(u, jnp.zeros_like(u), (z - y).astype(u.dtype)),
       *(moved, new.z, params),
@@ -262,6 +262,22 @@ def schedule_free(
     )
 
   return optax.GradientTransformationExtraArgs(plain.init, update)
+
+
+def _choice(
+  before: optax.OptState, after: optax.OptState
+) -> Callable[[jax.Array, Any, Any], jax.Array]:
+  """Returns what chooses a value around the Mechanic in a state, if any.
+
+  It is `choose(new, old, start)`: the old one where Mechanic has skipped the
+  gradient, that of the start where Mechanic has gone back to its own.
+  """
+  if not _mechanic_counts(before):
+    return lambda new, old, start: new
+  old_count, new_count = (sum(_mechanic_counts(s)) for s in (before, after))
+  return lambda new, old, start: jnp.where(
+    new_count > old_count, new, jnp.where(new_count < old_count, start, old)
+  )
 
 
 def _mechanic_counts(state: optax.OptState) -> list[jax.Array]:

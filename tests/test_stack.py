@@ -380,3 +380,27 @@ def test_gradients_of_float16_are_clipped_by_the_flag():
   grads = jax.tree.map(lambda x: x + 200, params)
   updates, _ = tx.update(grads, tx.init(params), params)
   np.testing.assert_allclose(updates["kernel"], -0.1 * RATE, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("name", "guard"), [("mechanic", True), ("mechanic", False), ("adamw", True)]
+)
+def test_what_is_too_large_to_be_squared_is_not_clipped_to_0(name, guard):
+  tx = build(name, grad_clip=1.0, guard=guard)
+  x = {"kernel": jnp.ones(4)}
+  state, update = tx.init(x), jax.jit(tx.update)
+  for size in (1.0, 1.0, 1.0, 1e25, 1e25):
+    before = x
+    updates, state = update({"kernel": jnp.full(4, size)}, state, x)
+    x = optax.apply_updates(x, updates)
+  assert flax_mechanic.scalars(state)["skipped"] == 2
+  assert_equal(x, before)
+
+
+def test_without_a_guard_clipping_is_optax_s():
+  tx = build("adamw", grad_clip=1.0, guard=False)
+  bare = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
+  x = {"kernel": jnp.ones(4)}
+  g = {"kernel": jnp.full(4, 1e25)}
+  ours, theirs = (tx.update(g, tx.init(x), x)[0] for tx in (tx, bare))
+  assert_equal(ours, theirs)

@@ -57,21 +57,32 @@ def keep_dtypes(
   return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+def clip_by_global_norm(
+  max_norm: float, *, keep_bad: bool = False
+) -> optax.GradientTransformation:
   """Returns optax's, which computes in float32 or wider.
 
   It squares float16 in float16 (optax 0.2.8), where a norm above 256 is
   infinite, and the clipped gradient 0.
+
+  Args:
+    max_norm: the largest norm that a gradient keeps.
+    keep_bad: whether a gradient too large to be squared in float32 too becomes
+      NaN instead of optax's 0, for what judges gradients behind the clipping.
   """
-  clip = optax.clip_by_global_norm(max_norm)
 
   def update(updates, state, params=None):
     wide = jax.tree.map(lambda g: widen(g, jnp.float32), updates)
-    clipped, state = clip.update(wide, state, params)
+    limit: Any = max_norm
+    if keep_bad:
+      limit = jnp.where(jnp.isfinite(optax.tree.norm(wide)), limit, jnp.nan)
+    clipped, state = optax.clip_by_global_norm(limit).update(
+      wide, state, params
+    )
     narrow = lambda c, g: c.astype(jnp.result_type(g))
     return jax.tree.map(narrow, clipped, updates), state
 
-  return optax.GradientTransformation(clip.init, update)
+  return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def hand_on(

@@ -222,9 +222,11 @@ def build(
   if below:
     for row in reversed(below[:-1]):
       tx = _build_row(row, tx, schedule, **arguments[row.name])
+    judges = any(row.unguarded for row in below)
     if grad_clip:
-      tx = optax.chain(repairs.clip_by_global_norm(grad_clip), tx)
-    if guard and not any(row.unguarded for row in below):
+      clip = repairs.clip_by_global_norm(grad_clip, keep_bad=judges)
+      tx = optax.chain(clip, tx)
+    if guard and not judges:
       tx = guard_lib.guard(tx)
     if accumulate_steps > 1:
       tx = features.accumulate(tx, accumulate_steps)

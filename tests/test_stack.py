@@ -369,7 +369,7 @@ def test_a_norm_beyond_float16_is_clipped():
   )
   assert clipped["kernel"].dtype == jnp.float16
   np.testing.assert_allclose(clipped["kernel"], 0.1, rtol=1e-3)
-  # Once this fails, `repairs.clip_by_global_norm` can go.
+  # Once this fails, clipping need not be `repairs.in_float32`.
   clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
   assert not np.any(clipped["kernel"])
 

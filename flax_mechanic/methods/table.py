@@ -759,11 +759,10 @@ register(
 
 
 def _aggregate(l2_norm_clip, noise_multiplier, seed):
-  return repairs.on_any_mesh(
-    contrib.differentially_private_aggregate(
-      l2_norm_clip, noise_multiplier, key=seed
-    )
+  aggregate = contrib.differentially_private_aggregate(
+    l2_norm_clip, noise_multiplier, key=seed
   )
+  return repairs.on_any_mesh(repairs.in_float32(aggregate))
 
 
 def _dpsgd(learning_rate, momentum, nesterov, guarded=True, **privacy):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
 
 from flax_mechanic.errors import UsageError, did_you_mean
@@ -38,7 +39,8 @@ _SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
   "rsqrt": lambda num_steps, warmup: optax.join_schedules(
     [
       optax.linear_schedule(0.0, 1.0, warmup),
-      lambda count: (1.0 + count / max(1, warmup)) ** -0.5,
+      # It is evaluated, and not used, during the warm-up too.
+      lambda count: (1.0 + jnp.maximum(count, 0) / max(1, warmup)) ** -0.5,
     ],
     [warmup],
   ),

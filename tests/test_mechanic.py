@@ -488,7 +488,8 @@ def test_betas_are_options():
   run = lambda **options: network.train(
     mechanize(optax.sgd(0.1), **options), 20
   )[0]
-  assert relative_error(run(betas=[0.9, 0.99]), run(num_betas=2)) == 0
+  for betas in ([0.9, 0.99], np.array([0.9, 0.99])):
+    assert relative_error(run(betas=betas), run(num_betas=2)) == 0
   assert relative_error(run(weight_decay=0.0), run()) > 0
 
 
@@ -500,8 +501,17 @@ def test_betas_are_options():
     ({"x0_dtype": "int8"}, "'int8' must be a type of floats"),
     ({"x0_dtype": "float8_e4m3fn"}, "a type of floats of 16 bits or more"),
     ({"s_init": 0.0}, "s_init=0.0 must be above 0"),
-    ({"weight_decay": -1.0}, "weight_decay=-1.0 must be at least 0"),
+    ({"weight_decay": -1.0}, "weight_decay=-1.0 must be .*, or 0 for no decay"),
+    ({"weight_decay": np.nan}, "weight_decay=nan must be above 0"),
+    ({"eps": np.inf}, "eps=inf must be above 0 and finite$"),
+    ({"eps": np.float32(0)}, "eps=0.0 must be above 0"),
+    ({"spike_factor": -1}, "spike_factor=-1 must be .*, or 0 for no spikes"),
+    ({"spike_factor": np.nan}, "spike_factor=nan must be above 0"),
     ({"betas": [0.9, 1.0]}, "must be numbers above 0 and below 1"),
+    ({"betas": 0.9}, "betas=0.9 must be numbers .* such as"),
+    ({"num_betas": 20}, "num_betas=20 must be a whole number from 1 to 16"),
+    ({"num_betas": 2.5}, "num_betas=2.5 must be a whole number"),
+    ({"groups": 3}, "groups=3 must be a regular expression"),
   ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flax_mechanic.extra_args import accepted
@@ -198,11 +199,16 @@ def mechanize(
     >>> state.s.shape
     (6,)
   """
-  if betas is None:
-    betas = [1.0 - 0.1**i for i in range(1, num_betas + 1)]
-  _check_numbers(weight_decay=weight_decay, eps=eps, s_init=s_init)
-  _check_options(betas, variant, x0_dtype, relative_s_init, groups)
-  off = isinstance(relative_s_init, int | float) and relative_s_init == 0
+  betas = _checked_betas(betas, num_betas)
+  _check_numbers(
+    weight_decay=weight_decay,
+    eps=eps,
+    s_init=s_init,
+    spike_factor=spike_factor,
+    relative_s_init=relative_s_init,
+  )
+  _check_options(variant, x0_dtype, groups)
+  off = isinstance(relative_s_init, _Real) and relative_s_init == 0
   rho = None if off else relative_s_init
   mechanic = _Mechanic(
     base=optax.with_extra_args_support(base_optimizer),
@@ -450,29 +456,47 @@ class _Mechanic:
     return h, s_init, {"initial_scale": measured, "mean_norm": mean_norm}
 
 
-def _check_numbers(**values: jax.typing.ArrayLike) -> None:
+_Real = int | float | np.integer | np.floating
+
+# Where 0 may be given, and what it stands for.
+_ZEROS = {
+  "weight_decay": "no decay",
+  "spike_factor": "no spikes",
+  "relative_s_init": "s_init",
+}
+
+
+def _check_numbers(**values: Any) -> None:
   for name, value in values.items():
     # Arrays, as optax.inject_hyperparams passes them, cannot be looked at.
-    if not isinstance(value, int | float):
+    if not isinstance(value, _Real):
       continue
-    if value < 0 or (value == 0 and name != "weight_decay"):
-      low = "at least 0" if name == "weight_decay" else "above 0"
-      raise ValueError(f"{name}={value} must be {low}")
+    if not (0 < value < math.inf or (name in _ZEROS and value == 0)):
+      zero = f", or 0 for {_ZEROS[name]}" if name in _ZEROS else ""
+      raise ValueError(f"{name}={value} must be above 0 and finite{zero}")
 
 
-def _check_options(
-  betas: Sequence[float],
-  variant: str,
-  x0_dtype: Any,
-  relative_s_init: jax.typing.ArrayLike | None,
-  groups: Any,
-) -> None:
-  if not betas or not all(
-    isinstance(beta, int | float) and 0 < beta < 1 for beta in betas
+def _checked_betas(betas: Any, num_betas: Any) -> Sequence[float]:
+  """Returns the betas, or those that `num_betas` stands for."""
+  if betas is None:
+    # The next one rounds to 1.
+    if not isinstance(num_betas, int | np.integer) or not 1 <= num_betas <= 16:
+      raise ValueError(
+        f"num_betas={num_betas} must be a whole number from 1 to 16"
+      )
+    return [1.0 - 0.1**i for i in range(1, num_betas + 1)]
+  given = list(betas) if np.iterable(betas) else []
+  if not given or not all(
+    isinstance(beta, _Real) and 0 < beta < 1 for beta in given
   ):
     raise ValueError(
-      f"betas={betas} must be numbers above 0 and below 1, at least one"
+      f"betas={betas} must be numbers above 0 and below 1, at least one, such "
+      "as (0.9, 0.99)"
     )
+  return given
+
+
+def _check_options(variant: str, x0_dtype: Any, groups: Any) -> None:
   if variant not in RULES:
     raise ValueError(
       f"variant={variant!r} is not one of {', '.join(map(repr, RULES))}"
@@ -482,12 +506,6 @@ def _check_options(
       f"x0_dtype={x0_dtype!r} must be a type of floats of 16 bits or more, "
       "such as 'bfloat16'"
     )
-  if isinstance(relative_s_init, int | float) and not (
-    0 <= relative_s_init < float("inf")
-  ):
-    raise ValueError(
-      f"relative_s_init={relative_s_init} must be above 0, or 0 for s_init"
-    )
   if isinstance(groups, str):
     try:
       re.compile(groups)
@@ -495,6 +513,11 @@ def _check_options(
       raise ValueError(
         f"groups={groups!r} is not a regular expression: {error}"
       ) from None
+  elif not callable(groups):
+    raise ValueError(
+      f"groups={groups!r} must be a regular expression, such as '.*', or a "
+      "function of a path"
+    )
 
 
 def _is_float(dtype: jax.typing.DTypeLike) -> bool:

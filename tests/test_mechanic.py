@@ -519,6 +519,33 @@ def test_options_that_make_no_sense_are_refused(options, message):
     mechanize(optax.sgd(0.1), **options)
 
 
+@pytest.mark.parametrize("base", [None, optax.adamw])
+def test_a_base_that_is_no_transformation_is_refused(base):
+  with pytest.raises(ValueError, match=r"such as optax\.adamw\(1\.0\), not "):
+    mechanize(base)
+
+
+@pytest.mark.parametrize(
+  ("leaf", "dtype"),
+  [
+    (jnp.arange(2), "int32"),
+    (jnp.ones(2, jnp.float8_e4m3fn), "float8_e4m3fn"),
+    (jax.random.key(0), "key<fry>"),
+    (1, "int32"),
+  ],
+)
+def test_parameters_that_cannot_be_trained_are_named(leaf, dtype):
+  params = {"a": {"b": leaf}, "w": jnp.ones(2)}
+  words = f"and 'a/b' is {dtype}; leave it out by --config.freeze"
+  with pytest.raises(ValueError, match=words):
+    mechanize(optax.sgd(1.0)).init(params)
+  config = ConfigDict({"optimizer": "mechanic", "freeze": ("a/b",)})
+  tx = flax_mechanic.make_optimizer(config)
+  state = tx.init(params)
+  updates, _ = tx.update(params, state, params)
+  assert np.all(updates["w"] != 0)
+
+
 @pytest.mark.parametrize("x0_dtype", [None, "bfloat16"])
 def test_complex_parameters(x0_dtype):
   tx = mechanize(optax.sgd(0.1), x0_dtype=x0_dtype)

@@ -33,6 +33,7 @@ from flax_mechanic.mechanic.last import refuse_what_follows
 from flax_mechanic.mechanic.offset import widen
 from flax_mechanic.mechanic.sums import PAIRS, inner_products
 from flax_mechanic.mechanic.tuner import RULES, Tuner, TunerState
+from flax_mechanic.paths import parameter_path
 from flax_mechanic.placement import Shardings, is_abstract
 
 
@@ -187,7 +188,8 @@ def mechanize(
 
   Raises:
     ValueError: an unknown variant or a value out of range; by `init`, a
-      `schedule` and a base without one; by `update`, if `params` is not given.
+      parameter that is no float of 16 bits or more, or a `schedule` and a base
+      without one; by `update`, if `params` is not given.
     UsageError: by `update`, if another transformation follows in an
       `optax.chain`.
 
@@ -199,6 +201,11 @@ def mechanize(
     >>> state.s.shape
     (6,)
   """
+  if not all(hasattr(base_optimizer, name) for name in ("init", "update")):
+    raise ValueError(
+      f"mechanize takes a transformation, such as optax.adamw(1.0), not "
+      f"{base_optimizer!r}"
+    )
   betas = _checked_betas(betas, num_betas)
   _check_numbers(
     weight_decay=weight_decay,
@@ -264,6 +271,7 @@ class _Mechanic:
     if is_abstract(params):
       return jax.eval_shape(self.init, params)
     params = jax.tree.map(jnp.asarray, params)  # Some may be Python's numbers.
+    _check_dtypes(params)
     dtype = _tuner_dtype(params)
     shape = Groups.of(self.groups, params).shape
     x0, delta = offset.init(params, self.x0_dtype, dtype)
@@ -518,6 +526,17 @@ def _check_options(variant: str, x0_dtype: Any, groups: Any) -> None:
       f"groups={groups!r} must be a regular expression, such as '.*', or a "
       "function of a path"
     )
+
+
+def _check_dtypes(params: optax.Params) -> None:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    if not is_complex and not _is_float(leaf.dtype):
+      raise ValueError(
+        f"mechanize trains floats of 16 bits or more, and "
+        f"{parameter_path(path)!r} is {leaf.dtype}; leave it out by "
+        "--config.freeze or optax.partition"
+      )
 
 
 def _is_float(dtype: jax.typing.DTypeLike) -> bool:

@@ -21,6 +21,7 @@ from tests.by_hand import (
   RATE,
   SHAPE,
   assert_close,
+  assert_equal,
   build,
   by_hand,
   flat,
@@ -334,6 +335,36 @@ def test_galore_keeps_no_empty_arrays():
   assert 0 not in sizes(build("galore", None, **under("galore", rank=2)))
   # Once this fails, `repairs.without_empty_arrays` can go.
   assert 0 in sizes(contrib.galore(1.0, rank=2))
+
+
+def test_sm3_takes_scalars_as_vectors_of_one_element():
+  def train(tx, shape):
+    x = {"a": jnp.ones(shape), "b": jnp.ones((2, 3))}
+    state = tx.init(x)
+    for _ in range(3):
+      updates, state = tx.update(x, state, x)
+      x = optax.apply_updates(x, updates)
+    return x
+
+  tx, bare = build("sm3"), optax.sm3(RATE, 0.9)
+  scalar = train(tx, ())
+  assert scalar["a"].shape == ()
+  assert_equal(jax.tree.map(jnp.atleast_1d, scalar), train(tx, (1,)))
+  assert_close(train(tx, (1,)), train(bare, (1,)), 1e-6)
+  # Once this fails, `repairs.with_an_axis` can go.
+  with pytest.raises(IndexError):
+    train(bare, ())
+
+
+@pytest.mark.parametrize("name", ["muon", "galore"])
+def test_a_matrix_without_elements_is_none(name):
+  tx = build(name, None, **under(name, rank=2) if name == "galore" else {})
+  x = {"kernel": jnp.ones((4, 6)), "none": jnp.ones((0, 6))}
+  updates, _ = tx.update(x, tx.init(x), x)
+  alone = {"kernel": x["kernel"]}
+  expected, _ = tx.update(alone, tx.init(alone), alone)
+  assert_equal(updates["kernel"], expected["kernel"])
+  assert updates["none"].shape == (0, 6)
 
 
 @pytest.mark.parametrize("rule", ["kernel", "kernel io1", "a b io"])

@@ -102,6 +102,7 @@ def matrices(
       parameter's path, and a letter for each of its axes: i, input; o, output;
       b, neither. The first rule that fits a path and its number of axes counts;
       rules without i or o make no matrix. Without a rule, two axes make one.
+      What has no elements is none.
     numbers: `numbers(reduction_axis, output_axis)`.
 
   Returns:
@@ -118,6 +119,8 @@ def matrices(
       )
 
   def of_leaf(path, leaf):
+    if not leaf.size:
+      return None
     found = "io" if leaf.ndim == 2 else ""
     for pattern, axes in reversed([rule.split() for rule in rules]):
       if len(axes) == leaf.ndim and re.search(pattern, parameter_path(path)):

@@ -175,6 +175,28 @@ def _unbox(node: Any) -> Any:
   return jax.tree.leaves(node, is_leaf=lambda child: child is not node)[0]
 
 
+def with_an_axis(
+  tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Hands scalars to `tx` as arrays of one element.
+
+  Sm3 has accumulators for axes alone, and fails without any (optax 0.2.8).
+  """
+  tx = optax.with_extra_args_support(tx)
+  expand = lambda tree: jax.tree.map(jnp.atleast_1d, tree)
+
+  def update(updates, state, params=None, **extra_args):
+    made, state = tx.update(
+      expand(updates), state, expand(params), **extra_args
+    )
+    like = lambda new, g: jnp.reshape(new, jnp.shape(g))
+    return jax.tree.map(like, made, updates), state
+
+  return optax.GradientTransformationExtraArgs(
+    lambda params: tx.init(expand(params)), update
+  )
+
+
 def without_empty_arrays(
   tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:

@@ -254,8 +254,8 @@ register_optax(
   "Adagrad with a second moment for each row and column",
   "when Adam's state does not fit",
   "Anil et al. 2019, arXiv 1901.11150",
-  build=lambda learning_rate, momentum: optax.sm3(
-    learning_rate, momentum or 0.0
+  build=lambda learning_rate, momentum: repairs.with_an_axis(
+    optax.sm3(learning_rate, momentum or 0.0)
   ),
   relative_rate=30.0,
 )

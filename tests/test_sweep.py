@@ -182,6 +182,33 @@ def test_a_job_starts_from_another_run(tmp_path):
     assert halves == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:mechanic over a method that normalizes")
+def test_every_method_of_every_variant_is_accepted():
+  for variant in configs.sweep._VARIANTS:
+    config = configs.sweep.get_config(variant)
+    jobs = {each.split()[0] for each in (*config.jobs, *config.interpolating)}
+    config.update(jobs=(min(jobs),), interpolating=())
+    assert len(plan.make_units(config)) == len(config.methods)
+
+
+def test_the_sweep_s_learning_rates_replace_the_config_file_s(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "from configs import digits\n"
+    "def get_config():\n"
+    "  config = digits.get_config()\n"
+    "  config.opt.sgd.learning_rate = 0.5\n"
+    "  config.opt.prodigy.learning_rate = 0.5\n"
+    "  return config\n"
+  )
+  config = configs.sweep.get_config()
+  methods = ("sgd", "x: optimizer=prodigy opt.prodigy.learning_rate=2.0")
+  config.update(jobs=(str(file),), interpolating=(), methods=methods)
+  sgd, prodigy = plan.make_units(config)
+  assert sgd.config.opt.sgd.learning_rate is None
+  assert prodigy.config.opt.prodigy.learning_rate == 2.0
+
+
 def test_a_job_has_fields_of_its_own():
   config = configs.sweep.get_config()
   config.jobs = (
@@ -223,11 +250,38 @@ def test_a_job_has_fields_of_its_own():
     ("--config.jobs=('configs/digits.py','./configs/digits.py')", "is there 2"),
     ("--config.jobs=('a\\'b',)", "No closing quotation"),
     ("--config.jobs=('',)", "there is no file"),
+    (
+      "--config.methods=('a: optimizer=adamw learning_rate=0.1',)",
+      "learning_rate is what the sweep sets, for every method; leave it out, "
+      'and type --config.learning_rates="(0.001,)"',
+    ),
+    (
+      "--config.methods=('a: optimizer=adamw opt.adamw.learning_rate=0.1',)",
+      "opt.adamw.learning_rate is what the sweep sets",
+    ),
+    ("--config.methods=('a: optimizer=adamw seed=3',)", '--config.seeds="5"'),
+    ("--config.methods=('a: num_steps=7',)", "num_steps is what the sweep"),
+    ("--config.fields=('seed=3',)", "seed is what the sweep sets"),
+    (
+      "--config.jobs=('configs/digits.py learning_rate=1.0',)",
+      "learning_rate is what the sweep sets",
+    ),
+    (
+      "--config.methods=('a: optimizer=mechanic opt.lion.b1=0.1',)",
+      "--config.opt.lion.b1 has no effect on mechanic over",
+    ),
+    (
+      "--config.methods=('a: optimizer=adamw opt.prodigy.learning_rate=2.0',)",
+      "--config.opt.prodigy.learning_rate has no effect on adamw",
+    ),
     ("--config.seeds=0", "config.seeds=0 must be at least 1"),
     ("--config=configs/digits.py", "describes a job, not a sweep"),
   ],
 )
-def test_errors_come_before_any_run(tmp_path, capsys, argument, message):
+def test_errors_come_before_any_run(
+  tmp_path, capsys, monkeypatch, argument, message
+):
+  monkeypatch.delattr(sweep, "train")
   given = [*ARGUMENTS[:1], f"--workdir={tmp_path}", argument]
   assert sweep.main(given) == 2
   error = capsys.readouterr().err

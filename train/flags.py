@@ -92,7 +92,9 @@ def read(
   given, overrides = split(argv, ["config", *required, *optional])
   config = load_config(_value(given, "config"))
   override(config, overrides)
-  _check_used(config, [flag for flag, _ in overrides])
+  # One command line may hold the learning rates of several optimizers.
+  rate = ".learning_rate"
+  check_used(config, [f for f, _ in overrides if not f.endswith(rate)])
   return config, {
     name: _value(given, name)
     for name in (*required, *optional)
@@ -267,6 +269,32 @@ def override(
     config.learning_rate = float(f"{rate:.6g}")
 
 
+def check_used(config: ConfigDict, flags: Sequence[str]) -> None:
+  """Checks that the optimizer in use has the options that were given.
+
+  Args:
+    config: with its overrides.
+    flags: those that were given, such as "config.opt.mechanic.base".
+
+  Raises:
+    UsageError: an option is another optimizer's, or the optimizer is unknown.
+  """
+  given = [
+    (flag, flag.removeprefix("no").split(".")[2])
+    for flag in flags
+    if flag.removeprefix("no").startswith("config.opt.")
+  ]
+  if not given or "optimizer" not in config:
+    return
+  used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
+  for flag, name in given:
+    if name not in used:
+      raise UsageError(
+        f"--{flag} has no effect on {' over '.join(used)}; leave it out, or "
+        f"type --config.{_where_used(config, used, name)}={name}"
+      )
+
+
 def fields(config: ConfigDict) -> Iterator[str]:
   """Yields, for every field of a config, the flag that sets its value."""
   for path in _paths(config):
@@ -310,34 +338,6 @@ def check_writable(folder: Path, given: str) -> None:
       pass
   except OSError as error:
     raise UsageError(f"{given} cannot be written: {error.strerror}") from None
-
-
-def _check_used(config: ConfigDict, flags: Sequence[str]) -> None:
-  """Checks that the optimizer in use has the options that were given.
-
-  Args:
-    config: with its overrides.
-    flags: those that were given, such as "config.opt.mechanic.base".
-
-  Raises:
-    UsageError: an option is another optimizer's, or the optimizer is unknown.
-  """
-  # One command line may hold the learning rates of several optimizers.
-  given = [
-    (flag, flag.removeprefix("no").split(".")[2])
-    for flag in flags
-    if flag.removeprefix("no").startswith("config.opt.")
-    and not flag.endswith(".learning_rate")
-  ]
-  if not given or "optimizer" not in config:
-    return
-  used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
-  for flag, name in given:
-    if name not in used:
-      raise UsageError(
-        f"--{flag} has no effect on {' over '.join(used)}; leave it out, or "
-        f"type --config.{_where_used(config, used, name)}={name}"
-      )
 
 
 def _where_used(config: ConfigDict, used: Sequence[str], name: str) -> str:

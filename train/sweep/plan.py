@@ -6,7 +6,7 @@ import re
 import shlex
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,14 @@ from train.sweep.runs import Row, Run, Runs, make_tasks
 
 # The columns of a row that say what was run; the others were measured.
 _KEYS = ("job", "config_crc32", "num_steps", "learning_rate", "seed", "step")
+
+# A job's field that the runs of a sweep differ in -> the sweep's field, and a
+# value of it.
+_SWEPT = {
+  "learning_rate": ("learning_rates", "(0.001,)"),
+  "num_steps": ("num_steps", "(400,)"),
+  "seed": ("seeds", "5"),
+}
 
 # The values of those columns, which identify a row.
 Key = tuple[Any, ...]
@@ -166,15 +174,21 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
   flags.override(sweep, [_split(each) for each in fields if each not in of_job])
   _check(sweep)
   label, colon, text = method.partition(":")
-  settings = _words(text) if colon else [f"optimizer={label}"]
-  settings = [*sweep.fields, *settings]
+  own_settings = _words(text) if colon else [f"optimizer={label}"]
   job = flags.load_config(file)
-  flags.override(job, [_split(each) for each in (*of_job, *settings)])
-  with job.unlocked():
-    job.learning_rate = 1.0
-  flax_mechanic.make_optimizer(job)  # Raises now what would fail later.
+  own = [_split(each) for each in own_settings]
+  of_all = [_split(each) for each in (*of_job, *sweep.fields)]
+  _check_swept(of_all, _SWEPT.keys() - {"num_steps"})
+  _check_swept(own, _SWEPT)
+  flags.override(job, [*of_all, *own])
+  flags.check_used(job, [flag for flag, _ in own])
   rows = stack.resolve(job.optimizer, job.opt.to_dict())
   tuned = all(row.tuned for row in rows)
+  with job.unlocked():
+    job.learning_rate = 1.0
+    if tuned and "learning_rate" in job.opt[rows[-1].name]:
+      job.opt[rows[-1].name].learning_rate = None
+  flax_mechanic.make_optimizer(job)  # Raises now what would fail later.
   factor = stack.relative_rate(rows[-1:])
   peaks = tuple(float(f"{factor * rate:.6g}") for rate in sweep.learning_rates)
   rates = peaks if tuned else sweep.factors
@@ -182,7 +196,7 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
     job=" ".join([file, *of_job]),
     interpolates=entry in config.interpolating,
     method=label,
-    settings=" ".join(settings),
+    settings=" ".join([*sweep.fields, *own_settings]),
     tuned=tuned,
     peaks=peaks,
     rates=tuple(map(float, rates)),
@@ -199,6 +213,29 @@ def _split(field: str) -> tuple[str, str]:
       f"{field!r} is not FIELD=VALUE; type for example optimizer=mechanic"
     )
   return f"config.{name}", value
+
+
+def _check_swept(
+  overrides: Sequence[tuple[str, str]], swept: Collection[str]
+) -> None:
+  """Raises a UsageError for what the sweep sets itself.
+
+  Args:
+    overrides: of a job.
+    swept: the fields of it that the sweep sets. What learns its learning rate
+      keeps a factor of its own.
+  """
+  for flag, _ in overrides:
+    path = flag.removeprefix("config.")
+    group, _, option = path.rpartition(".")
+    method = flax_mechanic.methods().get(group.removeprefix("opt."))
+    field = option if method and method.tuned else path
+    if field in swept:
+      name, example = _SWEPT[field]
+      raise UsageError(
+        f"{path} is what the sweep sets, for every method; leave it out, and "
+        f'type --config.{name}="{example}"'
+      )
 
 
 def _words(text: str) -> list[str]:

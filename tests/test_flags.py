@@ -34,6 +34,7 @@ def get_config(variant="small"):
     "anything": None,
     "limit": config_dict.placeholder(int),
     "sizes": (1, 2),
+    "no_sizes": (),
     "names": ["a", "b"],
   })
   config.opt = ConfigDict({"sgd": {"nesterov": False, "momentum": 0.9}})
@@ -323,8 +324,11 @@ def test_good_arguments(job, capsys, tmp_path):
     "--config.init_from=/tmp/a=b",
     "--config.anything=[1, 'x']",
     "--config.limit=3",
+    "--config.sizes=3",
+    "--config.sizes=",
     "--config.sizes=4",
     "--config.sizes=5",
+    "--config.no_sizes=",
   ]
   # Before --config as well as after it.
   for before, after in [(argv, []), ([], argv)]:
@@ -343,6 +347,7 @@ def test_good_arguments(job, capsys, tmp_path):
     assert config.anything == [1, "x"]
     assert config.limit == 3
     assert config.sizes == (4, 5)
+    assert config.no_sizes == ()
     assert config.schedule.name == "constant"
     assert config.is_locked
     assert workdir.is_dir()

@@ -360,6 +360,8 @@ def test_a_bad_batch_costs_its_accumulation_only():
 def test_patterns_that_are_no_text_are_named():
   with pytest.raises(UsageError, match=r"config\.freeze=0 must be a text"):
     build("adamw", freeze=(0,))
+  with pytest.raises(UsageError, match=r"config\.freeze='' is found in every"):
+    build("adamw", freeze=("head", ""))
 
 
 def test_a_norm_beyond_float16_is_clipped():

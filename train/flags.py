@@ -197,7 +197,8 @@ def override(
     config: a locked config.
     overrides: pairs of a flag and its value, such as `("config.num_steps",
       "80")`; None for a flag without a value. A tuple collects the values of a
-      repeated flag; for any other field the last value counts. The value "auto"
+      repeated flag; for any other field the last value counts. An
+      empty one is (). The value "auto"
       of `config.learning_rate` is the config's, which is taken to be adamw's,
       times the optimizer's own `relative_rate`.
 
@@ -226,6 +227,10 @@ def override(
       )
     if holder[key] is None and value == "None":
       given.pop(path, None)
+      continue
+    if value == "" and issubclass(kind, tuple):
+      given.pop(path, None)
+      holder[key] = ()
       continue
     if kind is type(None):
       # ml_collections 1.1 has no parser for a field that is plainly None.

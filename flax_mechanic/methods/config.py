@@ -239,6 +239,11 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
           f"config.{field}={pattern!r} must be a text; type "
           f"--config.{field}='/{pattern}/'"
         )
+      if not pattern:
+        raise UsageError(
+          f"config.{field}='' is found in every parameter's path; leave it "
+          f"out, or type --config.{field}='.*' to mean them all"
+        )
       try:
         re.compile(pattern)
       except re.error as error:

@@ -81,14 +81,14 @@ def check_squared_error(task, model, batch, predictions, targets):
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def check_bfloat16(task):
-  """A task computes in bfloat16, and its parameters and loss are float32."""
+def check_narrow(task, dtype):
+  """A task computes in that dtype; its parameters and loss are float32."""
   model = create(task)
   params = nnx.state(model, nnx.Param)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   batch = task.train_batch(0)
   jaxpr = str(jax.make_jaxpr(lambda b: task.loss(model, b))(batch))
-  assert ":bf16[" in jaxpr
+  assert f":{dtype.replace('float', 'f')}[" in jaxpr
   step = nnx.jit(nnx.value_and_grad(task.loss, has_aux=True))
   (loss, metrics), grads = step(model, batch)
   assert {x.dtype for x in (loss, *metrics.values())} == {jnp.dtype("float32")}

@@ -141,7 +141,7 @@ def test_whole_runs_can_be_vmapped_over_seeds(name):
   ],
 )
 def test_bfloat16(name, model):
-  references.check_bfloat16(make(name, dtype="bfloat16", model=model))
+  references.check_narrow(make(name, dtype="bfloat16", model=model), "bfloat16")
 
 
 def test_only_text_has_a_report():

@@ -16,8 +16,8 @@ from flax_mechanic import Checkpointer
 from flax_mechanic.errors import UsageError
 from tests.references import (
   assert_same,
-  check_bfloat16,
   check_loss,
+  check_narrow,
   create,
   f64,
   gelu,
@@ -440,11 +440,16 @@ def test_dropout_only_where_asked(folder):
 
 
 @pytest.mark.parametrize(
-  "variant", ["tiny", pytest.param("gru", marks=pytest.mark.slow)]
+  ("variant", "dtype"),
+  [
+    ("tiny", "bfloat16"),
+    ("tiny", "float16"),
+    pytest.param("gru", "bfloat16", marks=pytest.mark.slow),
+  ],
 )
-def test_bfloat16(folder, variant):
-  task = text(folder, variant, dtype="bfloat16")
-  check_bfloat16(task)
+def test_narrow_dtypes(folder, variant, dtype):
+  task = text(folder, variant, dtype=dtype)
+  check_narrow(task, dtype)
   model = create(task)
   logits = jax.eval_shape(model, jnp.zeros((2, 32), jnp.int32))
   assert (logits.shape, logits.dtype) == ((2, 32, 256), jnp.float32)

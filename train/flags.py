@@ -197,10 +197,9 @@ def override(
     config: a locked config.
     overrides: pairs of a flag and its value, such as `("config.num_steps",
       "80")`; None for a flag without a value. A tuple collects the values of a
-      repeated flag; for any other field the last value counts. An
-      empty one is (). The value "auto"
-      of `config.learning_rate` is the config's, which is taken to be adamw's,
-      times the optimizer's own `relative_rate`.
+      repeated flag, and an empty one is (); for any other field the last value
+      counts. The value "auto" of `config.learning_rate` is the config's, which
+      is taken to be adamw's, times the optimizer's own `relative_rate`.
 
   Raises:
     UsageError: an unknown field, a group of fields, or a value of another type.

@@ -130,7 +130,16 @@ class Attention(nnx.Module):
     q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
     if self.rotary:
       q, k = rotate(q), rotate(k)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+    attend = functools.partial(
+      jax.nn.dot_product_attention, mask=mask, is_causal=True
+    )
+    if q.dtype == jnp.float16:
+      # Its products, which are summed in float32, are not for the CPU.
+      wide = lambda *qkv: attend(*(a.astype(jnp.float32) for a in qkv))
+      narrow = lambda *qkv: wide(*qkv).astype(jnp.float16)
+      y = jax.lax.platform_dependent(q, k, v, cpu=narrow, default=attend)
+    else:
+      y = attend(q, k, v)
     return self.out(y.reshape(x.shape))
 
 

@@ -51,6 +51,20 @@ def test_each_metric_of_each_run_is_drawn(tmp_path, capsys):
   assert "FillBetweenPolyCollection" in drawn
 
 
+@pytest.mark.parametrize(("high", "both"), [([10, 30], [10, 30]), ([], None)])
+def test_a_band_is_where_both_of_its_edges_are(tmp_path, high, both):
+  rows = [{"step": 10 * i, "a": 1.0, "a_min": 0.1 * i} for i in (1, 2, 3)]
+  rows += [{"step": step, "a_max": 0.1 * step} for step in high]
+  curves = plot.read(write(tmp_path / "run", rows))
+  axes = Figure().subplots()
+  plot._draw(axes, "a", curves)
+  bands = axes.collections
+  assert len(bands) == (both is not None)
+  for band in bands:
+    drawn = {*map(tuple, band.get_paths()[0].vertices.round(6))}
+    assert drawn == {(s, y * s) for s in both for y in (0.01, 0.1)}
+
+
 def test_a_run_has_any_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names = ["_one", "$^$"]
@@ -93,7 +107,11 @@ def test_a_resumed_run_is_one_curve(tmp_path):
 
 @pytest.mark.parametrize(
   ("rows", "message"),
-  [(None, "holds no metrics.jsonl; type a run's"), ([], "is empty; wait")],
+  [
+    (None, "holds no metrics.jsonl; type a run's"),
+    ([], "is empty; wait"),
+    ([{"step": 1, "steps_per_second": 9.0}], "there is nothing to draw in"),
+  ],
 )
 def test_errors(tmp_path, capsys, rows, message):
   folder = tmp_path / "run"

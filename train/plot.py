@@ -52,6 +52,10 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   names = sorted(
     name for name in set().union(*runs.values()) if not name.endswith(_LEFT_OUT)
   )
+  if not names:
+    raise UsageError(
+      f"there is nothing to draw in {', '.join(runs)}; wait for losses"
+    )
   rows = math.ceil(len(names) / _COLUMNS)
   figure = Figure((4 * _COLUMNS, 2.6 * rows + 0.6), layout="constrained")
   grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
@@ -113,10 +117,13 @@ def _draw(axes: Any, name: str, curves: Curves) -> None:
   # A run without the metric is in the legend too.
   steps, values = curves.get(name, ([], []))
   (line,) = axes.plot(steps, values)
-  if f"{name}_min" in curves:
-    (steps, low), (_, high) = (curves[name + end] for end in ("_min", "_max"))
+  if {f"{name}_min", f"{name}_max"} <= curves.keys():
+    (of_low, low), (of_high, high) = (
+      curves[name + end] for end in ("_min", "_max")
+    )
+    both, i, j = np.intersect1d(of_low, of_high, return_indices=True)
     axes.fill_between(
-      steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0
+      both, low[i], high[j], color=line.get_color(), alpha=0.2, linewidth=0
     )
   if np.size(values) and np.min(values) > 0 and "accuracy" not in name:
     axes.set_yscale("log")

@@ -367,7 +367,7 @@ def test_a_matrix_without_elements_is_none(name):
   assert updates["none"].shape == (0, 6)
 
 
-@pytest.mark.parametrize("rule", ["kernel", "kernel io1", "a b io"])
+@pytest.mark.parametrize("rule", ["kernel", "kernel io1", "a b io", 1])
 def test_a_rule_for_matrices_that_is_none(rule):
   words = "config.opt.muon: matrices=.* is not PATTERN AXES; type for example"
   with pytest.raises(UsageError, match=words):

@@ -1,6 +1,7 @@
 """`python -m train.sweep`: what is run, once each, and what is shown of it."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -478,6 +479,17 @@ def test_the_interval_draws_seeds_for_both_methods_at_once():
   result = comparison.compare(comparison.frame(one_seed))
   assert np.isnan(comparison.interval(result)).all()
   assert " to " not in comparison.tables(comparison.frame(one_seed))
+
+
+def test_a_method_of_which_every_run_failed_and_any_label_have_their_cells():
+  rows = [row | {"method": f"|{row['method']}"} for row in make_rows()]
+  for row in rows:
+    if row["step"]:
+      row.update({name: None for name in row if name.endswith("/loss")})
+  table = comparison.tables(comparison.frame(rows))
+  assert "nan" not in table
+  lines = table.partition("\n\n")[0].splitlines()
+  assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
 def test_a_profile_is_of_what_is_within_a_factor():

@@ -533,6 +533,8 @@ def test_unknown_variants_name_the_known_ones():
     ({"model": {"lora_rank": -1}}, "config.model.lora_rank=-1"),
     ({"data": {"eval_windows": 0}}, "config.data.eval_windows=0"),
     ({"sample_length": -1}, "config.sample_length=-1 must be at least 0"),
+    ({"sample_temperature": -1.0}, "config.sample_temperature=-1.0 must be"),
+    ({"sample_temperature": math.nan}, "config.sample_temperature=nan must"),
     ({"model": {"context_length": 5000}}, "too little text.*2500 bytes.*5001"),
   ],
 )

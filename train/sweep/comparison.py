@@ -170,7 +170,7 @@ def _summary(result: pd.DataFrame, memorized: pd.DataFrame) -> str:
         _interval(*interval(own)),
         _number(geometric_mean(own["ratio_best"])),
         *(_number(geometric_mean(ratios)) for ratios in by),
-        f"{own['ratio'].max():.2f}",
+        _number(own["ratio"].max()),
         f"{own['points'].min():+.1f}" if own["points"].notna().any() else "",
         str(own["failed"].sum() or ""),
       ]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import pathlib
 import re
 import sysconfig
@@ -100,6 +101,11 @@ class Text:
       raise UsageError(
         f"config.sample_length={config.sample_length} must be at least 0; type "
         "--config.sample_length=0 for no text at the end"
+      )
+    if not 0 <= config.sample_temperature < math.inf:
+      raise UsageError(
+        f"config.sample_temperature={config.sample_temperature} must be a "
+        "finite number of at least 0; type --config.sample_temperature=0.8"
       )
     if config.data.eval_windows < 1:
       raise UsageError(

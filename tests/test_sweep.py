@@ -243,6 +243,15 @@ def test_a_job_has_fields_of_its_own():
     ("--config.methods=('a: optimizer',)", "is not FIELD=VALUE"),
     ("--config.methods=('a: optimiser=sgd',)", "config.optimizer?"),
     ("--config.methods=()", "no jobs or no methods"),
+    (
+      "--config.methods=(1,)",
+      "config.methods=(1,) must be a tuple of texts; type "
+      "--config.methods=\"('adamw','mechanic')\"",
+    ),
+    ("--config.methods=adamw,mechanic", "must be a tuple of texts; type"),
+    ("--config.jobs=(1,)", "config.jobs=(1,) must be a tuple of texts; type"),
+    ("--config.jobs=configs/a.py,configs/b.py", "must be a tuple of texts"),
+    ("--config.fields=(1,)", "config.fields=(1,) must be a tuple of texts"),
     ("--config.jobs=('configs/digit.py',)", "configs/digits.py"),
     ("--config.num_steps=(0,)", "must be numbers above 0"),
     ("--config.num_steps=(4.5,)", "must be numbers above 0"),

@@ -112,7 +112,7 @@ def matrices(
     ValueError: a rule is not of that form.
   """
   for rule in rules:
-    if not re.fullmatch(r"\S+ [iob]+", str(rule)):
+    if not re.fullmatch(r"\S+ [iob]+", f"{rule}"):
       raise ValueError(
         f"matrices={rule!r} is not PATTERN AXES; type for example "
         "'kernel iiio', a letter for each axis: i, input; o, output; b, neither"

@@ -30,6 +30,14 @@ _SWEPT = {
   "seed": ("seeds", "5"),
 }
 
+# The sweep's fields that are tuples of texts, and an example of each.
+_TEXTS = {
+  "jobs": "('configs/digits.py',)",
+  "interpolating": "('configs/digits.py',)",
+  "methods": "('adamw','mechanic')",
+  "fields": "('batch_size=8',)",
+}
+
 # The values of those columns, which identify a row.
 Key = tuple[Any, ...]
 
@@ -123,6 +131,7 @@ def make_units(config: ConfigDict) -> list[Unit]:
   Raises:
     UsageError: a job or a method does not exist, or a value is out of range.
   """
+  _check_texts(config)
   units = [
     _make_unit(config, entry, method)
     for entry in (*config.jobs, *config.interpolating)
@@ -244,6 +253,18 @@ def _words(text: str) -> list[str]:
     return shlex.split(text)
   except ValueError as error:
     raise UsageError(f"{text!r} cannot be read: {error}") from None
+
+
+def _check_texts(config: ConfigDict) -> None:
+  for field, example in _TEXTS.items():
+    for each in config[field]:
+      # Names with commas between are a tuple that was typed as one text.
+      one = isinstance(each, str) and not re.fullmatch(r"[^\s=]+,[^\s=]+", each)
+      if not one:
+        raise UsageError(
+          f"config.{field}={config[field]} must be a tuple of texts; type"
+          f' --config.{field}="{example}"'
+        )
 
 
 def _check(config: ConfigDict) -> None:

@@ -12,6 +12,7 @@ from optax import contrib
 
 import flax_mechanic
 from flax_mechanic import Optimizer, TrainState
+from flax_mechanic.methods import readers
 from tests import network, optimizers
 from tests.by_hand import (
   SHAPE,
@@ -612,3 +613,39 @@ def test_injected_mechanic_trains_is_donated_and_read():
   assert s.shape == (4,)
   assert s.sum() > 1e-4
   np.testing.assert_allclose(found["mechanic/scale"], s.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mechanic", "schedule_free"])
+def test_parts_are_read_as_each_would_be_alone(name):
+  tx = build(name, **under("schedule_free", base="mechanic"))
+  params = {"a": network.params(), "b": jnp.ones(3)}
+  grads = jax.tree.map(jnp.cos, params)
+  bad = grads | {"b": jnp.full(3, jnp.nan)}
+
+  def train(tx, of):
+    x = of(params)
+    state, update = tx.init(x), jax.jit(tx.update)
+    for g in (*[grads] * 5, bad, grads, bad):
+      updates, state = update(of(g), state, x)
+      x = optax.apply_updates(x, updates)
+    found = flax_mechanic.scalars(state)
+    return found, readers.eval_params(state, x)
+
+  parted = optax.partition({"a": tx, "b": tx}, {"a": "a", "b": "b"})
+  found, evaluated = train(parted, lambda tree: tree)
+  of_a, alone_a = train(tx, lambda tree: tree["a"])
+  of_b, alone_b = train(tx, lambda tree: tree["b"])
+  assert_close(evaluated, {"a": alone_a, "b": alone_b}, 1e-6)
+  assert found["skipped"] == of_a["skipped"] + of_b["skipped"] == 2
+  assert found["skipped_in_a_row"] == 1
+  for key, combine in {
+    "learning_rate/effective": np.mean,
+    "mechanic/scale": np.mean,
+    "mechanic/scale_min": np.min,
+    "mechanic/scale_max": np.max,
+  }.items():
+    expected = combine([of_a[key], of_b[key]])
+    np.testing.assert_allclose(found[key], expected, rtol=1e-5)
+  masked = [optax.masked(tx, {"a": a, "b": not a}) for a in (True, False)]
+  alike, _ = train(optax.chain(*masked), lambda tree: tree)
+  assert_close(alike, found, 1e-6)

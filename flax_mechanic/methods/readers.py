@@ -2,7 +2,14 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any
 
 import jax
@@ -33,10 +40,14 @@ def scalars(opt_state: Any) -> Scalars:
     Name -> scalar: each method's own, such as "mechanic/scale";
     "learning_rate/effective", the schedule's present value times the scales
     learned on top of it; and where bad gradients are skipped, "skipped", how
-    many were, and "skipped_in_a_row", how many since the last good one. The
-    states of optax's own optimizers do not hold the schedule's value, so under
-    `mechanize(optax.adamw(schedule))` it is left out of the product. It is in
-    those of `make_optimizer` and `optax.inject_hyperparams`.
+    many were, and "skipped_in_a_row", how many since the last good one. Where
+    `optax.partition` or `optax.masked` gives parts of the parameters an
+    optimizer each, they are the means over the parts, but for ranges, the sum
+    of "skipped" and the largest "skipped_in_a_row".
+
+    The states of optax's own optimizers do not hold the schedule's value, so
+    under `mechanize(optax.adamw(schedule))` it is left out of the product. It is
+    in those of `make_optimizer` and `optax.inject_hyperparams`.
 
   Example:
     >>> import jax.numpy as jnp, optax
@@ -45,19 +56,15 @@ def scalars(opt_state: Any) -> Scalars:
     >>> sorted(scalars(state))
     ['learning_rate/effective', 'mechanic/scale', 'skipped', 'skipped_in_a_row']
   """
-  readers = {
+  readers: dict[type, Reader] = {
     InjectStatefulHyperparamsState: injected_learning_rate,
     Sizes: skipped,
   }
-  found: Scalars = {}
-  factors = []
-  for read, state in _find("scalars", nnx.as_pure(opt_state), readers):
-    values = read(state)
-    if "learning_rate" in values:
-      factors.append(values.pop("learning_rate"))
-    found |= values
-  if factors:
-    found["learning_rate/effective"] = functools.reduce(operator.mul, factors)
+  readers |= _readers("scalars")
+  types = (*readers, optax.MaskedState)
+  found = _read(_typed(nnx.as_pure(opt_state), types), readers)
+  if "learning_rate" in found:
+    found["learning_rate/effective"] = found.pop("learning_rate")
   return found
 
 
@@ -84,10 +91,13 @@ def eval_params(
     >>> eval_params(tx.init(params), params)["w"].shape
     (2,)
   """
-  for read, state in _find("eval_params", opt_state, {}):
+  readers = _readers("eval_params")
+  for state in _outermost(_typed(opt_state, readers), readers):
+    read = readers[type(state)]
     if shardings and shardings.by_path:
-      return _placed(read, shardings, state, params)
-    return read(state, params)
+      params = _placed(read, shardings, state, params)
+    else:
+      params = read(state, params)
   return params
 
 
@@ -101,35 +111,67 @@ def _placed(
   return shardings.keep(read(shardings.place(state), params))
 
 
-def _find(
-  field: str,
-  opt_state: Any,
-  others: dict[type, Reader],
-) -> Iterator[tuple[Reader, Any]]:
-  """Yields the states that a row reads, with their readers, outermost first.
-
-  Args:
-    field: of a row, "scalars" or "eval_params": state type -> reader.
-    opt_state: any nesting of states.
-    others: more readers.
-  """
-  readers = dict(others)
+def _readers(field: str) -> dict[type, Reader]:
+  """Returns state type -> reader of a field of the rows."""
+  readers: dict[type, Reader] = {}
   for row in registry.methods().values():
     readers |= getattr(row, field)
-  types = tuple(readers)
-  if isinstance(opt_state, Mapping):
-    opt_state = _typed(opt_state, types)
-  is_read = lambda node: isinstance(node, types)
-
-  def walk(tree: Any) -> Iterator[tuple[Reader, Any]]:
-    for node in filter(is_read, jax.tree.leaves(tree, is_leaf=is_read)):
-      yield readers[type(node)], node
-      yield from walk(tuple(node))
-
-  return walk(opt_state)
+  return readers
 
 
-def _typed(tree: Any, types: Sequence[Any]) -> Any:
+def _outermost(tree: Any, types: Iterable[type]) -> Iterator[Any]:
+  """Yields the states of some types that are in none of the others."""
+  is_found = lambda node: isinstance(node, tuple(types))
+  yield from filter(is_found, jax.tree.leaves(tree, is_leaf=is_found))
+
+
+def _read(tree: Any, readers: Mapping[type, Reader]) -> Scalars:
+  """Returns the scalars of the states in a tree.
+
+  The learning rates of states around or beside each other multiply, but for
+  those under `optax.masked`, which are of other parameters each.
+  """
+  found: Scalars = {}
+  parts = []
+  for state in _outermost(tree, (*readers, optax.MaskedState)):
+    inner = _read(tuple(state), readers)
+    if isinstance(state, optax.MaskedState):
+      parts.append(inner)
+    else:
+      found = _multiplied(found, readers[type(state)](state), inner)
+  return _multiplied(found, _over_parts(parts))
+
+
+def _multiplied(*parts: Scalars) -> Scalars:
+  """Returns the union, with the product of the learning rates."""
+  found = {name: value for part in parts for name, value in part.items()}
+  rates = [part["learning_rate"] for part in parts if "learning_rate" in part]
+  if rates:
+    found["learning_rate"] = functools.reduce(operator.mul, rates)
+  return found
+
+
+_OVER_PARTS = {
+  "skipped": jnp.sum,
+  "skipped_in_a_row": jnp.max,
+  "mechanic/scale_min": jnp.min,
+  "mechanic/scale_max": jnp.max,
+}
+
+
+def _over_parts(parts: Sequence[Scalars]) -> Scalars:
+  """Returns one scalar for those of a name, of different parameters each."""
+  names = {name: None for part in parts for name in part}
+  values = {name: [p[name] for p in parts if name in p] for name in names}
+  return {
+    name: _OVER_PARTS.get(name, jnp.mean)(jnp.stack(each))
+    if len(each) > 1
+    else each[0]
+    for name, each in values.items()
+  }
+
+
+def _typed(tree: Any, types: Collection[Any]) -> Any:
   """Returns a tree with mappings made the states that they were.
 
   `nnx.state` makes a mapping of every NamedTuple, and leaves out those fields

@@ -152,7 +152,7 @@ def test_a_field_may_have_another_value_here(source, tmp_path, capsys):
   ):
     assert export.main([str(run), f"--config.{field}", str(out)]) == 2
     assert words in capsys.readouterr().err
-  assert export.main([str(run), "--config.task=digits", str(out)]) == 0
+  assert export.main([str(run), "--config.task", "digits", str(out)]) == 0
   assert capsys.readouterr().out == f"step 30 of {run} is in {out}\n"
 
 

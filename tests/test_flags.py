@@ -492,10 +492,15 @@ def test_defects_keep_their_traceback(job, capsys, monkeypatch):
 def test_help(job, capsys):
   assert main.main(["--help"]) == 0
   assert "python -m train.main --config=FILE" in capsys.readouterr().out
-  assert main.main(["--config=configs/job.py:large", "--help"]) == 0
-  lines = capsys.readouterr().out.splitlines()
-  assert "--config.opt.mechanic.base=adamw" in lines
-  assert "--config.num_steps=1000" in lines
+  file = "configs/job.py:large"
+  for given in ([f"--config={file}", "--help"], ["--help", "--config", file]):
+    assert main.main(given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "--config.opt.mechanic.base=adamw" in lines
+    assert "--config.num_steps=1000" in lines
+  for given in (["--config.optimizer=help"], ["--config.optimizer", "help"]):
+    assert main.main(given) == 0
+    assert "mechanic" in capsys.readouterr().out
   assert not job
 
 

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: Sequence[str]) -> Iterator[str]:
+  arguments = flags.joined(arguments)
   folders = [each for each in arguments if not each.startswith("-")]
   _, overrides = flags.split([e for e in arguments if e not in folders], [])
   if len(folders) != 2:

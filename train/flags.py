@@ -144,6 +144,23 @@ def load_config(spec: str) -> ConfigDict:
   return config.lock()
 
 
+def joined(argv: Sequence[str]) -> list[str]:
+  """Returns the arguments, those after a flag without a value joined to it.
+
+  Args:
+    argv: such as `["--workdir", "DIR", "--config.seed=1"]`.
+  """
+  arguments: list[str] = []
+  for argument in argv:
+    before = arguments[-1] if arguments else ""
+    is_value = before.startswith("--") and before != "--" and "=" not in before
+    if is_value and not argument.startswith("--"):
+      arguments[-1] += f"={argument}"
+    else:
+      arguments.append(argument)
+  return arguments
+
+
 def split(
   argv: Sequence[str], names: Sequence[str]
 ) -> tuple[dict[str, str | None], list[tuple[str, str | None]]]:
@@ -161,9 +178,7 @@ def split(
   """
   given: dict[str, str | None] = {}
   overrides = []
-  rest = list(argv)
-  while rest:
-    argument = rest.pop(0)
+  for argument in joined(argv):
     if not argument.startswith("--") or argument == "--":
       name = argument.lstrip("-").split("=")[0]
       known = name in names or name.startswith("config.")
@@ -172,10 +187,8 @@ def split(
         f"{argument!r} is not a flag; "
         + (hint if known else "flags look like --config.num_steps=100")
       )
-    name, equals, value = argument.removeprefix("--").partition("=")
-    if not equals:
-      follows = bool(rest) and not rest[0].startswith("--")
-      value = rest.pop(0) if follows else None
+    name, equals, text = argument.removeprefix("--").partition("=")
+    value = text if equals else None
     if name.startswith(("config.", "noconfig.")):
       overrides.append((name, value))
     elif name in names:

@@ -41,14 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     time. Any other exception is a defect and keeps its traceback. A process
     that loses another one exits with 75 instead of returning.
   """
-  arguments = sys.argv[1:] if argv is None else argv
+  given = sys.argv[1:] if argv is None else argv
+  arguments = flags.joined(given)
   quieten(absl.logging.WARNING)
   try:
-    if not {"-h", "--help"}.isdisjoint(arguments):
+    if not {"-h", "--help"}.isdisjoint(given):
       return print_help(_help(arguments))
     if "--config.optimizer=help" in arguments:
       return print_help([flax_mechanic.describe()])
-    config, workdir, given = flags.parse(arguments)
+    config, workdir, place = flags.parse(arguments)
     # These imports take seconds; a typo should be reported before them.
     try:
       from train import loop, processes
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ' pip install -e ".[train]"'
       ) from error
 
-    with processes.connect(given):
+    with processes.connect(place):
       loop.train(config, workdir)
   except KeyboardInterrupt:
     print("stopped by Ctrl-C; the same command resumes", file=sys.stderr)

@@ -46,8 +46,8 @@ def scalars(opt_state: Any) -> Scalars:
     of "skipped" and the largest "skipped_in_a_row".
 
     The states of optax's own optimizers do not hold the schedule's value, so
-    under `mechanize(optax.adamw(schedule))` it is left out of the product. It is
-    in those of `make_optimizer` and `optax.inject_hyperparams`.
+    under `mechanize(optax.adamw(schedule))` it is left out of the product. It
+    is in those of `make_optimizer` and `optax.inject_hyperparams`.
 
   Example:
     >>> import jax.numpy as jnp, optax

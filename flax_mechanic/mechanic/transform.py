@@ -130,7 +130,8 @@ def mechanize(
   goes in front of it or into its base. If the parameters are replaced
   between `init` and the first `update`, the new ones are the reference point.
   Zero gradients, empty leaves, scalar leaves and trees without leaves are fine;
-  a leaf whose gradient is None stays as it is.
+  a leaf whose gradient is None stays as it is. The norm of a gradient whose
+  values are below about 1e-19 is 0, since float32 has no squares of them.
 
   Args:
     base_optimizer: the transformation whose updates are scaled.

@@ -616,5 +616,5 @@ def test_errors(name, fields, message):
 @pytest.mark.parametrize("name", ["digits", "autoencoder", "diabetes"])
 def test_tasks_without_scikit_learn(monkeypatch, name):
   monkeypatch.setitem(sys.modules, "sklearn", None)
-  with pytest.raises(UsageError, match=r'pip install "flax_mechanic\[train\]"'):
+  with pytest.raises(UsageError, match=r'pip install -e "\.\[train\]"'):
     make(name)

@@ -406,9 +406,14 @@ def test_one_command_line_holds_the_rates_of_several_optimizers():
 
 
 def test_load_config(job):
-  config = flags.load_config("configs/job.py:large")
-  assert config.num_steps == 1000
-  assert config.is_locked
+  file = pathlib.Path("configs/frozen.py")
+  frozen = "return config_dict.FrozenConfigDict(config)"
+  file.write_text(_CONFIG.replace("return config", frozen))
+  for name in ("configs/job.py:large", f"{file}:large"):
+    config = flags.load_config(name)
+    flags.override(config, [("config.learning_rate", "0.5")])
+    assert (config.num_steps, config.learning_rate) == (1000, 0.5)
+    assert config.is_locked
 
 
 def test_bool_off():

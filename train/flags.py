@@ -141,6 +141,8 @@ def load_config(spec: str) -> ConfigDict:
       f"--config={spec}: get_config returned a {type(config).__name__}; it "
       "must return a ConfigDict"
     )
+  if isinstance(config, config_dict.FrozenConfigDict):
+    config = config.as_configdict()
   return config.lock()
 
 

@@ -1,5 +1,6 @@
 """The job: trains, resumes exactly, says what is wrong, stays quiet."""
 
+import functools
 import json
 import pathlib
 import re
@@ -288,6 +289,13 @@ def test_the_readme_lists_every_optimizer():
     ({"accumulate_steps": 0}, r"config\.accumulate_steps=0 must be at least 1"),
     ({"eval_every": -1}, r"config\.eval_every=-1 must be at least 1"),
     ({"num_steps": 10**20}, r"config\.num_steps=1\d* must be .* below \d+"),
+    (
+      {"num_steps": None},
+      "num_steps is of type NoneType; .* int, such as 1000",
+    ),
+    ({"num_steps": True}, "num_steps is of type bool; it must be of type int"),
+    ({"schedule__name": None}, "schedule.name is of type NoneType; .* such as"),
+    ({"mesh": None}, "config.mesh is of type NoneType; .* of type ConfigDict$"),
     ({"seed": 2**32}, r"config\.seed=4\d* must be at least 0, and below 4\d*"),
     (
       {"checkpoint_keep_every": -1},
@@ -308,6 +316,16 @@ def test_bad_values_end_before_anything_is_written(tmp_path, fields, words):
     loop.train(make_config(**fields), tmp_path)
   assert "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["eval_every", "mesh.fsdp", "opt"])
+def test_a_field_that_is_missing_is_named(tmp_path, path):
+  config = make_config()
+  *groups, name = path.split(".")
+  with config.unlocked():
+    del functools.reduce(getattr, groups, config)[name]
+  with pytest.raises(UsageError, match=f"config.{path} is missing; start the"):
+    loop.train(config, tmp_path)
 
 
 def test_a_run_does_not_read_its_own_files_as_text(tmp_path):

@@ -34,6 +34,7 @@ from train import flags
 from train.command import run_command
 from train.cost import program, updates
 from train.cost.step import measure
+from train.fields import check_fields
 from train.job import make_job
 from train.mesh import slices
 from train.tables import format_table
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(arguments: Sequence[str]) -> Iterator[str]:
   updates.register_reference()
   config, given = flags.read(arguments, ["topology"], ["num_slices"])
+  check_fields(config)
   topology = given["topology"]
   devices = _devices(topology, given.get("num_slices", "1"))
   hbm = _HBM.get(topology.split(":")[0])

@@ -19,22 +19,9 @@ from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
 from train import files, prefetch, processes, writers
+from train.fields import check_fields
 from train.job import Job, make_job
 from train.progress import Progress
-
-# Field -> the least value, and the limit below which it has to be.
-_RANGES = {
-  "accumulate_steps": (1, 2**31),
-  "num_steps": (1, 2**31),
-  "batch_size": (1, 2**31),
-  "log_every": (1, 2**31),
-  "eval_every": (1, 2**31),
-  "checkpoint_every": (1, 2**31),
-  "checkpoint_keep": (1, 2**31),
-  "checkpoint_keep_every": (0, 2**31),
-  "max_skipped_in_a_row": (0, 2**31),
-  "seed": (0, 2**32),
-}
 
 
 def train(
@@ -59,11 +46,11 @@ def train(
     The last evaluation, such as {"eval/loss": ..., "eval/accuracy": ...}.
 
   Raises:
-    UsageError: a value in the config is out of range, the newest checkpoint
+    UsageError: a value in the config is wrong, the newest checkpoint
       does not fit it, too many gradients in a row were skipped, or a loss is
       not finite at the end.
   """
-  _check_ranges(config)
+  check_fields(config)
   root = storage.path(workdir)
   _check_apart(config, root)
   job = make_job(config)
@@ -148,16 +135,6 @@ def train(
   writer.close()
   _check_finite(evaluation, config.num_steps)
   return evaluation
-
-
-def _check_ranges(config: ConfigDict) -> None:
-  """Raises a UsageError for a number out of its range."""
-  for field, (low, limit) in _RANGES.items():
-    if not low <= config[field] < limit:
-      raise UsageError(
-        f"config.{field}={config[field]} must be at least {low}, and below "
-        f"{limit}"
-      )
 
 
 def _check_apart(config: ConfigDict, root: Any) -> None:

@@ -17,6 +17,7 @@ from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
 from train import flags
+from train.fields import check_fields
 from train.sweep.runs import Row, Run, Runs, make_tasks
 
 # The columns of a row that say what was run; the others were measured.
@@ -190,6 +191,7 @@ def _make_unit(config: ConfigDict, entry: str, method: str) -> Unit:
   _check_swept(of_all, _SWEPT.keys() - {"num_steps"})
   _check_swept(own, _SWEPT)
   flags.override(job, [*of_all, *own])
+  check_fields(job)
   flags.check_used(job, [flag for flag, _ in own])
   rows = stack.resolve(job.optimizer, job.opt.to_dict())
   tuned = all(row.tuned for row in rows)

@@ -59,12 +59,17 @@ def _register_mechanic(
       "fromage": "its steps are as large as the weights, which they make grow, "
       "so that mechanic diverges",
     },
-    cautions=dict.fromkeys(
-      ("lars", "lamb"),
-      "mechanic over a method that normalizes its updates (lars, lamb) is not "
-      "what it was made for: its authors expect it to work with almost any "
-      "first-order optimizer except those",
-    ),
+    cautions={
+      **dict.fromkeys(
+        ("lars", "lamb"),
+        "mechanic over a method that normalizes its updates (lars, lamb) is "
+        "not what it was made for: its authors expect it to work with almost "
+        "any first-order optimizer except those",
+      ),
+      "acprop": "mechanic over acprop may diverge: acprop divides a gradient "
+      "by the variance of those before it, so one that is larger than they "
+      "were moves the parameters without bound; adabelief's does not",
+    },
     scalars={
       MechanicState: readers.mechanic,
       contrib.MechanicState: readers.optax_mechanic,

@@ -43,6 +43,19 @@ def printable(text: str) -> str:
   )
 
 
+def first_line(error: BaseException) -> str:
+  r"""Returns the first words of an error's message, or its type's name.
+
+  Example:
+    >>> first_line(ValueError("\n  what is wrong\nwhere"))
+    'what is wrong'
+    >>> first_line(ValueError())
+    'ValueError'
+  """
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
+
+
 # A full disk, a quota, and a limit such as `ulimit -f`.
 _NO_ROOM = tuple(
   os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

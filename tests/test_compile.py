@@ -125,6 +125,15 @@ def test_without_the_compiler_it_says_how_to_install_it(capsys, monkeypatch):
   )
 
 
+def test_an_error_without_words_is_named(capsys, monkeypatch):
+  def fail(*unused):
+    raise jax.errors.JaxRuntimeError("")
+
+  monkeypatch.setattr(program, "tpu_devices", fail)
+  assert compile_lib.main([CONFIG, "--topology=v5e:2x2"]) == 2
+  assert "knows (JaxRuntimeError); type" in capsys.readouterr().err
+
+
 def test_help(capsys):
   assert compile_lib.main(["--help"]) == 0
   assert "--topology=v5e:16x16" in capsys.readouterr().out

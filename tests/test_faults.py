@@ -164,6 +164,14 @@ def test_orbax_needs_patience_where_an_array_cannot_be_read(
   assert not printed
 
 
+def test_an_error_whose_first_line_is_empty_is_damage():
+  def read():
+    raise ValueError("\n  what is wrong\nwhere")
+
+  with pytest.raises(arrays.DamageError, match=r"read \(what is wrong\)"):
+    arrays.read_on_all("item", read)
+
+
 def test_a_damaged_array_is_named(folder):
   data = max(files(folder / "2"), key=lambda path: path.stat().st_size)
   content = bytearray(data.read_bytes())

@@ -29,7 +29,7 @@ import jax
 from ml_collections import ConfigDict
 
 from flax_mechanic import make_optimizer, methods
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, first_line
 from train import flags
 from train.command import run_command
 from train.cost import program, updates
@@ -119,7 +119,7 @@ def _devices(topology: str, num_slices: str) -> Sequence[Any]:
   except jax.errors.JaxRuntimeError as error:
     raise UsageError(
       f"--topology={topology} is not one that the compiler knows "
-      f"({str(error).splitlines()[0]}); type --topology=v5e:16x16"
+      f"({first_line(error)}); type --topology=v5e:16x16"
     ) from None
 
 

@@ -25,9 +25,8 @@ from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
 from flax_mechanic.checkpoints import storage
-from flax_mechanic.checkpoints.arrays import first_line
 from flax_mechanic.checkpoints.checkpointer import Checkpointer
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, first_line
 from train import flags
 from train.command import run_command
 from train.job import Job, make_job

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from flax_mechanic.checkpoints import replicas
 from flax_mechanic.checkpoints.checksum import checksums
 from flax_mechanic.checkpoints.storage import files, trouble
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, first_line
 from flax_mechanic.paths import by_path, leaf_path
 
 # Path of an array -> its "shape", "dtype" and "checksum".
@@ -267,11 +267,6 @@ def generators() -> Mapping[str, str]:
 def _key_dtype(generator: str | None) -> Any:
   """Returns the dtype of a generator's keys; by default of the usual one's."""
   return jax.eval_shape(lambda: jax.random.key(0, impl=generator)).dtype
-
-
-def first_line(error: Exception) -> str:
-  """Returns the first line of an error's message, or its type's name."""
-  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):

@@ -22,7 +22,6 @@ from flax_mechanic.checkpoints.arrays import (
   check_size,
   describe,
   described,
-  first_line,
   generators,
 )
 from flax_mechanic.checkpoints.checksum import checksums
@@ -30,7 +29,7 @@ from flax_mechanic.checkpoints.lock import Lock
 from flax_mechanic.checkpoints.renamed import saved_paths, unknown
 from flax_mechanic.checkpoints.retention import Retention
 from flax_mechanic.checkpoints.storage import failure, storage, trouble
-from flax_mechanic.errors import UsageError, no_room, printable
+from flax_mechanic.errors import UsageError, first_line, no_room, printable
 from flax_mechanic.paths import by_path, leaf_path
 
 # How often a reader tries again, beside a run that deletes steps.

@@ -393,6 +393,37 @@ def test_a_cast_that_loses_something_is_refused(
   assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
+def test_integers_that_a_cast_would_change_are_refused(tmp_path):
+  mesh = jax.make_mesh((8,), ("data",))
+  place = lambda array: jax.device_put(
+    array, jax.NamedSharding(mesh, jax.P("data"))
+  )
+  saved = place(jnp.full(8, 300).at[5].set(-1))
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"n": saved})
+    restore = lambda target: checkpointer.restore({"n": target}).state["n"]
+    for dtype in ("int8", "uint8", "uint32"):
+      for target in (place(jnp.zeros(8, dtype)), np.zeros(8, dtype)):
+        with pytest.raises(
+          UsageError, match=f"array n of .* large for {dtype}; re"
+        ):
+          restore(target)
+    for target in (place(jnp.zeros(8, "int16")), np.zeros(8, "int16")):
+      np.testing.assert_array_equal(restore(target), saved)
+
+
+def test_what_cannot_be_opened_is_not_locked(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+
+    def fail(*unused, **options):
+      raise OSError("as a test")
+
+    patch.setattr(checkpointer_lib.ocp, "CheckpointManager", fail)
+    with pytest.raises(OSError, match="as a test"):
+      Checkpointer(tmp_path)
+  Checkpointer(tmp_path).close()
+
+
 THREEFRY, RBG, UNSAFE = (
   jax.random.key(1, impl=name) for name in ("threefry2x32", "rbg", "unsafe_rbg")
 )

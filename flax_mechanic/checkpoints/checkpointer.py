@@ -31,6 +31,7 @@ from flax_mechanic.checkpoints.retention import Retention
 from flax_mechanic.checkpoints.storage import failure, storage, trouble
 from flax_mechanic.errors import UsageError, first_line, no_room, printable
 from flax_mechanic.paths import by_path, leaf_path
+from flax_mechanic.placement import on_device
 
 # How often a reader tries again, beside a run that deletes steps.
 _OPENINGS = 9
@@ -403,6 +404,8 @@ class Checkpointer:
       {source: leaves[path] for path, source in sources.items()}, descriptions
     )
 
+    self._check_casts(step, leaves, sources, found)
+
     def value(path, leaf):
       if (source := sources.get(leaf_path(path))) is None:
         sharding = getattr(leaf, "sharding", None)
@@ -418,6 +421,39 @@ class Checkpointer:
       changed,
       versions=record_lib.differing(record["versions"], record_lib.versions()),
     )
+
+  def _check_casts(
+    self,
+    step: int,
+    targets: Mapping[str, Any],
+    sources: Mapping[str, str],
+    found: Mapping[str, Any],
+  ) -> None:
+    """Raises a UsageError, on all processes alike, for ints that are too large.
+
+    Args:
+      step: that was read.
+      targets: path -> what is restored.
+      sources: path -> that of what was saved.
+      found: that path -> array.
+    """
+    narrower = {
+      path: found[source]
+      for path, source in sources.items()
+      if _is_narrower(found[source], targets[path])
+    }
+    if not narrower:
+      return
+    fits = [_fits(each, targets[path].dtype) for path, each in narrower.items()]
+    fits = np.reshape(
+      multihost_utils.process_allgather(np.array(fits)), (-1, len(narrower))
+    )
+    for (path, array), fit in zip(narrower.items(), fits.all(0), strict=True):
+      if not fit:
+        raise UsageError(
+          f"array {path} of {self._folder(step)[1]} is too large for "
+          f"{targets[path].dtype}; restore it into {array.dtype}"
+        )
 
   def _read(self, step: int) -> Mapping[str, Any]:
     """Returns the record of a step."""
@@ -518,6 +554,29 @@ def _is_lossy(saved: Mapping[str, Any], target: Any) -> bool:
     for each in dtypes
   ]
   return kinds[0] > kinds[1]
+
+
+def _is_narrower(saved: Any, target: Any) -> bool:
+  """Whether integers are cast to a dtype that does not hold all of them."""
+  dtypes = [getattr(each, "dtype", jnp.bool_) for each in (saved, target)]
+  if not all(jnp.issubdtype(each, jnp.integer) for each in dtypes):
+    return False
+  old, new = map(jnp.iinfo, dtypes)
+  return old.min < new.min or new.max < old.max
+
+
+def _fits(array: Any, dtype: Any) -> bool:
+  """Whether a dtype holds those integers of an array that this process has."""
+  parts = (
+    [each.data for each in array.addressable_shards if each.replica_id == 0]
+    if isinstance(array, jax.Array)
+    else [array]
+  )
+  info = jnp.iinfo(dtype)
+  return all(
+    info.min <= int(part.min()) and int(part.max()) <= info.max
+    for part in map(on_device, parts)
+  )
 
 
 def _blame(

@@ -56,6 +56,9 @@ def supervised(monkeypatch, folder, ends, *arguments, saves=None):
     (Ended([75, 2], {}), 2, 1),
     (Ended([1, 75], {}), 1, 1),
     (Ended([75, 75], {}), 0, 2),
+    # One that hung was ended by the supervisor.
+    (Ended([75, -9], {}), 0, 2),
+    (Ended([1, -9], {}), 1, 1),
     (KILLED, 0, 2),
     (Ended([1, -11], {1: 11}), 0, 2),
   ],

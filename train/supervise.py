@@ -119,7 +119,8 @@ def _supervise(
         return 0
       if signals.received:
         return 128 + signals.received[0]
-      failures = {*ended.statuses} - {0, LOST}
+      # A signal that is none of `killed` was the supervisor's.
+      failures = {each for each in ended.statuses if each > 0} - {LOST}
       if failures and not ended.killed:
         return max(failures)
       step = _newest(checkpoints)

@@ -113,6 +113,7 @@ class Writer:
 
   def __init__(self, die_at=None):
     self.scalars, self.texts, self.hparams = [], {}, {}
+    self.closed = False
     self._die_at = die_at
 
   def write_scalars(self, step, scalars):
@@ -337,6 +338,17 @@ def test_a_run_does_not_read_its_own_files_as_text(tmp_path):
   with pytest.raises(UsageError, match="holds no UTF-8 text"):
     loop.train(config, tmp_path / ".runs")
   assert not (tmp_path / "runs").exists()
+
+
+def test_a_writer_is_closed_when_a_run_fails(tmp_path, monkeypatch):
+  def evaluate(*unused):
+    raise UsageError("as a test")
+
+  monkeypatch.setattr(loop, "_evaluate", evaluate)
+  writer = Writer()
+  with pytest.raises(UsageError, match="as a test"):
+    loop.train(make_config(num_steps=10, eval_every=5), tmp_path, writer)
+  assert writer.closed
 
 
 def test_a_run_that_diverged_does_not_end_well(tmp_path):

@@ -39,8 +39,8 @@ def train(
     config: as `configs.default` describes it.
     workdir: holds `config.json`, `parameters.txt`, `metrics.jsonl`, TensorBoard
       files and `checkpoints/STEP`. It may be in a bucket: gs://BUCKET/FOLDER.
-    writer: where metrics go, with the interface of clu's MetricWriter; by
-      default files in `workdir`.
+    writer: where metrics go, with the interface of clu's MetricWriter, and
+      closed at the end; by default files in `workdir`.
 
   Returns:
     The last evaluation, such as {"eval/loss": ..., "eval/accuracy": ...}.
@@ -76,14 +76,15 @@ def train(
       files.write(root / "parameters.txt", table.encode())
       for name, content in job.task.files.items():
         files.write(root / name, content)
-    writer.write_hparams(_hparams(config))
     steps = range(start + 1, config.num_steps + 1)
     load = lambda step: job.train_batch(step - 1)
     with (
+      contextlib.closing(writer),
       contextlib.closing(prefetch.ahead(load, steps)) as batches,
       processes.Stop() as stop,
       Progress(config.num_steps, start, processes.terminal()) as progress,
     ):
+      writer.write_hparams(_hparams(config))
       for text in (job.task.description, _where(job), overview, *notes):
         progress.print(text)
       clock = _Clock(start)
@@ -120,7 +121,6 @@ def train(
         if stopped and not last:
           checkpointer.wait()
           progress.print(f"stopped at step {step}; the same command resumes")
-          writer.close()
           return evaluation
       for text in skips.told(config.num_steps + 1, {}):
         progress.print(text)
@@ -132,7 +132,6 @@ def train(
         writer.write_texts(config.num_steps, {"report": code})
         progress.print(report)
       progress.print(_summary(max(start, config.num_steps), evaluation))
-  writer.close()
   _check_finite(evaluation, config.num_steps)
   return evaluation
 

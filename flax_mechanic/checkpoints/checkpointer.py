@@ -116,28 +116,35 @@ class Checkpointer:
     self._read_only = read_only
     self._storage.check_kinds(read_only)
     self._lock = None if read_only else Lock(self._storage)
-    self._retention = Retention(self._storage, keep, keep_every, best)
-    if not read_only:
+    try:
+      self._retention = Retention(self._storage, keep, keep_every, best)
+      self._manager = self._open()
+    except BaseException:
+      if self._lock is not None:
+        self._lock.release()
+      raise
+
+  def _open(self) -> ocp.CheckpointManager:
+    """Finishes what a run that was killed was deleting, and opens the steps."""
+    if not self._read_only:
       if jax.process_index() == 0:
         self._retention.finish()
         self._storage.clean()
       multihost_utils.sync_global_devices("deleted steps are gone")
-    own = {} if read_only else self._storage.options
+    own = {} if self._read_only else self._storage.options
     options = ocp.CheckpointManagerOptions(
       preservation_policy=self._retention,
       **own,
-      read_only=read_only,
-      create=not read_only,
-      save_interval_steps=0 if read_only else 1,
+      read_only=self._read_only,
+      create=not self._read_only,
+      save_interval_steps=0 if self._read_only else 1,
       # Otherwise threads wait for minutes for a folder that a full disk has no
       # room for, and the process with them (0.12.8).
       async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     try:
-      self._manager = _manager(self.directory, options)
+      return _manager(self.directory, options)
     except (ValueError, TypeError, RecursionError) as error:
-      if self._lock is not None:
-        self._lock.release()
       problem = (
         failure(self.directory, "cannot be read", error)
         if trouble(self.directory, error)

@@ -206,8 +206,11 @@ def test_what_is_no_tokenizer_is_said(folder, tmp_path, tokenizer, message):
 
 def test_without_the_library_it_is_said(folder, monkeypatch):
   monkeypatch.setitem(sys.modules, "tokenizers", None)
-  with pytest.raises(UsageError, match=r"pip install .*\[text\]"):
-    make(folder, tokenizer="280")
+  for tokenizer in ("280", str(folder / "0.txt")):
+    with pytest.raises(
+      UsageError, match=r"^config.data.tokenizer needs .*pip install .*\[text\]"
+    ):
+      make(folder, tokenizer=tokenizer)
 
 
 def test_too_few_tokens_are_said(tmp_path):

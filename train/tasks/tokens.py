@@ -85,10 +85,12 @@ def load(path: str) -> Tokenizer:
   """Reads a tokenizer's file.
 
   Raises:
-    UsageError: it cannot be read, or is none.
+    UsageError: it cannot be read, is none, or the library is not installed.
   """
   try:
     return Tokenizer(storage.path(path).read_bytes())
+  except UsageError:
+    raise
   except (OSError, ValueError) as error:
     why = storage.trouble(path, error) or (
       "there is no such file"

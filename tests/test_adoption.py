@@ -21,6 +21,7 @@ from flax_mechanic import (
   TrainState,
   UsageError,
   add_optimizer_config,
+  adopt,
   load_params,
   make_optimizer,
   mechanize,
@@ -383,6 +384,11 @@ def test_what_is_not_there_is_said(run, tmp_path):
   for directory, params, sentence in wrong.values():
     with pytest.raises(UsageError, match=sentence):
       load_params(directory, params)
+  # Nothing tells where the parameters are.
+  kernel = {"head": {"kernel": jnp.ones((16, 1))}}
+  for params, new in (({}, ()), (kernel, ["head/kernel"])):
+    with pytest.raises(UsageError, match="no parameter is asked for"):
+      adopt(folder, params, optax.sgd(0.1).init, new=new)
 
 
 def test_lora_starts_from_a_model_with_or_without_it(tmp_path):

@@ -74,7 +74,8 @@ def load_params(
     A tree like `params`.
 
   Raises:
-    UsageError: they are not there, have other shapes, or are damaged.
+    UsageError: they are not there, have other shapes, or are damaged; or there
+      are none in `params`.
 
   Example:
     >>> import tempfile
@@ -322,6 +323,11 @@ def _load_params(
 
 def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:
   """Returns the prefix of the parameters' paths in what was saved."""
+  if not wanted:
+    raise UsageError(
+      f"no parameter is asked for that {saved.name} has to hold; give the "
+      "parameters of the model that was saved"
+    )
   first = next(iter(wanted))
   starts = {
     path.removesuffix(first)

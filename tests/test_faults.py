@@ -1,5 +1,6 @@
 """What really happens to checkpoints: nothing wrong goes on unnoticed."""
 
+import asyncio
 import errno
 import json
 import os
@@ -170,6 +171,25 @@ def test_an_error_whose_first_line_is_empty_is_damage():
 
   with pytest.raises(arrays.DamageError, match=r"read \(what is wrong\)"):
     arrays.read_on_all("item", read)
+
+
+def test_readers_in_several_threads_leave_asyncio_as_it_was(monkeypatch):
+  new = asyncio.new_event_loop
+  monkeypatch.setattr(asyncio, "new_event_loop", new)
+  entered, left = threading.Event(), threading.Event()
+
+  def read():
+    with arrays._patience():
+      entered.set()
+      left.wait(10)
+
+  thread = threading.Thread(target=read)
+  with arrays._patience():
+    thread.start()
+    entered.wait(0.2)  # It has to wait for this one.
+  left.set()
+  thread.join()
+  assert asyncio.new_event_loop is new
 
 
 def test_a_damaged_array_is_named(folder):

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -281,6 +282,10 @@ class _PatientLoop(asyncio.SelectorEventLoop):
     super().close()
 
 
+# The function is asyncio's, so it is replaced by one thread at a time.
+_REPLACING_LOOP = threading.RLock()
+
+
 @contextlib.contextmanager
 def _patience() -> Iterator[None]:
   """Has Orbax wait for the other arrays where one cannot be read.
@@ -288,12 +293,13 @@ def _patience() -> Iterator[None]:
   It closes its event loop at once (0.12.8), and TensorStore then prints a
   traceback for each of them.
   """
-  new = asyncio.new_event_loop
-  asyncio.new_event_loop = _PatientLoop
-  try:
-    yield
-  finally:
-    asyncio.new_event_loop = new
+  with _REPLACING_LOOP:
+    new = asyncio.new_event_loop
+    asyncio.new_event_loop = _PatientLoop
+    try:
+      yield
+    finally:
+      asyncio.new_event_loop = new
 
 
 def _as_saved(saved: Any, wanted: Any) -> Any:

@@ -1,9 +1,15 @@
 """A sweep with `config.oracle`: the base with constant scales."""
 
+import os
+import threading
+import time
+
+import jax
 import numpy as np
 import pytest
 
 import configs.sweep
+from flax_mechanic import UsageError
 from train.sweep import __main__ as sweep
 from train.sweep import oracle, plan
 from train.sweep.runs import Runs, make_tasks
@@ -125,6 +131,30 @@ def test_prints_a_row_and_draws_a_panel_a_job(tmp_path, capsys):
   assert all(cells)
   assert file == f"{tmp_path}/oracle.png"
   assert (tmp_path / "oracle.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_an_accelerator_trains_one_job_at_a_time(
+  unit, tmp_path, monkeypatch, backend
+):
+  now, most, lock = 0, 0, threading.Lock()
+
+  def analyze(*unused):
+    nonlocal now, most
+    with lock:
+      now += 1
+      most = max(most, now)
+    time.sleep(0.05)
+    with lock:
+      now -= 1
+    raise UsageError("as a test")
+
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(os, "cpu_count", lambda: 2)
+  monkeypatch.setattr(oracle, "analyze", analyze)
+  with pytest.raises(UsageError, match="as a test"):
+    list(oracle.report([unit] * 2, tmp_path))
+  assert most == (2 if backend == "cpu" else 1)
 
 
 @pytest.mark.parametrize("name", ["dog", "adamw", "sam", "mechanize"])

@@ -8,9 +8,9 @@ r"""Trains jobs with many methods, learning rates, lengths and seeds; compares.
 appends a line to DIR/runs.jsonl for each evaluation of each run, prints tables,
 writes them to DIR/tables.md, and draws DIR/*.png and *.svg. The runs of a
 method that differ only in learning rate and seed are one compiled program; as
-many programs run at a time as there are CPU cores. The same command, also with
-other fields or after a job's config was edited, runs only what is missing from
-the file.
+many programs run at a time as there are CPU cores, and one on an accelerator.
+The same command, also with other fields or after a job's config was edited,
+runs only what is missing from the file.
 
 With config.oracle it writes DIR/oracle.md and draws DIR/oracle.png and .svg in
 place of these: what Mechanic loses by on each job (train/sweep/oracle.py).
@@ -25,13 +25,10 @@ For example, on your own job:
 
 import concurrent.futures
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-import jax
 
 from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
@@ -39,7 +36,7 @@ from train import files, flags
 from train.command import run_command
 from train.progress import Progress
 from train.sweep import plan
-from train.sweep.runs import Row
+from train.sweep.runs import Row, pool
 
 # What tables and figures need to know of a row's unit.
 _OF_UNIT = ("interpolates", "method", "tuned")
@@ -124,20 +121,16 @@ def train(units: Sequence[plan.Unit], file: Any) -> None:
       if stopped.is_set():
         return
 
-  at_a_time = os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1
   total = sum(len(unit.runs()) * sum(lengths) for unit, lengths in missing)
-  with (
-    Progress(total, even=False) as progress,
-    concurrent.futures.ThreadPoolExecutor(at_a_time) as pool,
-  ):
+  with Progress(total, even=False) as progress, pool() as threads:
     progress.print(f"{len(missing)} programs, {total} steps over all runs")
-    futures = [pool.submit(work, *each) for each in missing]
+    futures = [threads.submit(work, *each) for each in missing]
     try:
       for future in concurrent.futures.as_completed(futures):
         future.result()
     except BaseException:
       stopped.set()
-      pool.shutdown(cancel_futures=True)
+      threads.shutdown(cancel_futures=True)
       raise
     finally:
       log.close()

@@ -18,10 +18,8 @@ rate for all leaves. What is chosen is chosen on the examples that the sweep
 tunes learning rates on.
 """
 
-import concurrent.futures
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,7 +33,7 @@ from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import matching, parameter_path
 from train import files
 from train.sweep import figures, plan
-from train.sweep.runs import Runs, make_tasks
+from train.sweep.runs import Runs, make_tasks, pool
 from train.tables import format_table
 
 _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -151,8 +149,8 @@ def report(units: Sequence[plan.Unit], workdir: Any) -> Iterator[str]:
       )
   cases = [(unit, n) for unit in units for n in unit.sweep.num_steps]
   found = []
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for each in pool.map(lambda case: analyze(*case), cases):
+  with pool() as threads:
+    for each in threads.map(lambda case: analyze(*case), cases):
       found.append(each)
       name = f"{plan.short(each.job)}, {each.num_steps} steps"
       yield f"{len(found)} of {len(cases)}: {name}"

@@ -1,5 +1,7 @@
 """Runs of a job that differ in learning rate and seed, as one program."""
 
+import concurrent.futures
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +26,16 @@ Run = tuple[float | Sequence[float], int]
 
 # Batches of the training split in an evaluation.
 _TRAIN_BATCHES = 8
+
+
+def pool() -> concurrent.futures.ThreadPoolExecutor:
+  """Returns threads, each for a program at a time.
+
+  They are as many as there are CPU cores; an accelerator trains one program at
+  a time.
+  """
+  is_cpu = jax.default_backend() == "cpu"
+  return concurrent.futures.ThreadPoolExecutor(os.cpu_count() if is_cpu else 1)
 
 
 class Runs:

@@ -16,7 +16,7 @@ on this machine: --config.data.path=FOLDER.
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -157,7 +157,7 @@ def _config(record: Mapping[str, Any]) -> ConfigDict:
   return config
 
 
-def _frozen(paths: Iterable[str]) -> list[str]:
+def _frozen(paths: Collection[str]) -> list[str]:
   """Returns the paths of the model without an array in the optimizer's state.
 
   Args:

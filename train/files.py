@@ -3,6 +3,7 @@
 import contextlib
 import re
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -202,7 +203,7 @@ class Segments:
 
 
 @contextlib.contextmanager
-def _reading(path: Any):
+def _reading(path: Any) -> Iterator[None]:
   try:
     yield
   except FileNotFoundError:
@@ -212,7 +213,7 @@ def _reading(path: Any):
 
 
 @contextlib.contextmanager
-def _writing(path: Any):
+def _writing(path: Any) -> Iterator[None]:
   try:
     yield
   except Exception as error:

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Self
 
 from flax_mechanic.checkpoints import storage
 from flax_mechanic.errors import UsageError
@@ -168,7 +168,7 @@ class _Signals:
     self.received: list[int] = []
     self._previous = {}
 
-  def __enter__(self) -> "_Signals":
+  def __enter__(self) -> Self:
     for number in (signal.SIGTERM, signal.SIGINT):
       self._previous[number] = signal.signal(
         number, lambda number, _: self.received.append(number)

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -372,7 +372,7 @@ class Checkpointer:
       if self._lock is not None:
         self._lock.release()
 
-  def __enter__(self) -> "Checkpointer":
+  def __enter__(self) -> Self:
     return self
 
   def __exit__(

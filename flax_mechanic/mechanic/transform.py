@@ -349,9 +349,7 @@ class _Mechanic:
       base_optimizer_state=base_state, x0=x0, delta=delta, **learned.fields
     )
 
-  def _learn(
-    self, sums: Sequence[jax.Array], state: MechanicState
-  ) -> "_Learned":
+  def _learn(self, sums: Sequence[jax.Array], state: MechanicState) -> _Learned:
     """Judges a gradient and learns s from it, both by its inner products."""
     # An infinite v stays infinite. This h is of sizes that have not changed.
     h, *_ = self._h(sums, state, jnp.ones([]))

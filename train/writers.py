@@ -138,6 +138,9 @@ class TensorBoardWriter(MetricWriter):
     Raises:
       UsageError: an earlier event file is a link.
     """
+    from tensorboardX import summary
+
+    self._summary: Any = summary
     folder = storage.path(logdir)
     is_bucket = storage.is_bucket(folder)
     for file in () if is_bucket else folder.glob("events.out.tfevents.*"):
@@ -156,34 +159,26 @@ class TensorBoardWriter(MetricWriter):
     self._write(step=step, session_log={"status": "START"})
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    from tensorboardX import summary
-
     for name, value in scalars.items():
-      self._write(step=step, summary=summary.scalar(name, float(value)))
+      self._write(step=step, summary=self._summary.scalar(name, float(value)))
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    from tensorboardX import summary
-
     for name, text in texts.items():
-      self._write(step=step, summary=summary.text(name, text))
+      self._write(step=step, summary=self._summary.text(name, text))
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-    from tensorboardX import summary
-
     for name, image in images.items():
       batch = np.asarray(image)
       batch = batch if batch.ndim == 4 else batch[None]
-      value = summary.image(name, batch, dataformats="NHWC")
+      value = self._summary.image(name, batch, dataformats="NHWC")
       self._write(step=step, summary=value)
 
   def write_audios(
     self, step: int, audios: Mapping[str, Any], *, sample_rate: int
   ) -> None:
-    from tensorboardX import summary
-
     for name, batch in audios.items():
       for i, audio in enumerate(np.asarray(batch)):
-        value = summary.audio(f"{name}/{i}", audio, sample_rate)
+        value = self._summary.audio(f"{name}/{i}", audio, sample_rate)
         self._write(step=step, summary=value)
 
   def write_histograms(
@@ -192,15 +187,11 @@ class TensorBoardWriter(MetricWriter):
     arrays: Mapping[str, Any],
     num_buckets: Mapping[str, int] | None = None,
   ) -> None:
-    from tensorboardX import summary
-
     for name, array in arrays.items():
       bins = (num_buckets or {}).get(name, 30)
-      self._write(step=step, summary=summary.histogram(name, array, bins))
+      self._write(step=step, summary=self._summary.histogram(name, array, bins))
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    from tensorboardX import summary
-
     kinds = (str, bool, int, float)
     known = {
       name: value if isinstance(value, kinds) else str(value)
@@ -209,7 +200,7 @@ class TensorBoardWriter(MetricWriter):
     # An experiment's summary would have to list the metrics, which are not yet
     # known. Without one TensorBoard shows every scalar, and first of all the
     # hyperparameters that differ between runs.
-    _, start, _ = summary.hparams(known, {})
+    _, start, _ = self._summary.hparams(known, {})
     self._write(summary=start)
 
   def flush(self) -> None:

@@ -33,6 +33,16 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
 _AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
+def one_device() -> Mesh:
+  """Returns the mesh of a job on one device."""
+  return jax.make_mesh(
+    (1,) * len(AXES),
+    AXES,
+    devices=jax.devices()[:1],
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
+
+
 def make_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
   """Returns the mesh that `config.mesh` describes.
 

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 import flax_mechanic
@@ -35,7 +34,7 @@ from configs import faults
 from train import flags
 from train import job as job_lib
 from train import mesh as mesh_lib
-from train.sweep.runs import make_tasks
+from train.sweep.runs import make_tasks, stacked
 from train.tables import format_table
 
 # Factors of the gradient, [steps, leaves].
@@ -107,18 +106,12 @@ def measure(
     Kind -> what it costs.
   """
   tasks = make_tasks(config, seeds)
-  mesh = jax.make_mesh(
-    (1,) * len(mesh_lib.AXES),
-    mesh_lib.AXES,
-    devices=jax.devices()[:1],
-    axis_types=(AxisType.Auto,) * len(mesh_lib.AXES),
-  )
   tx = flax_mechanic.make_optimizer(config, job_lib.make_schedule(config))
   functions = lambda factors: job_lib.Functions(
     tasks[0], config, _multiplied(tx, factors)
   )
   steps = range(config.num_steps)
-  batches = [_stack([task.train_batch(i) for i in steps]) for task in tasks]
+  batches = [stacked(task.train_batch(i) for i in steps) for task in tasks]
 
   def run(factors: jax.Array, seed: jax.Array, batches: Any) -> Any:
     of_run = functions(factors)
@@ -131,7 +124,7 @@ def measure(
     )
     return jnp.mean(losses), metrics.get("skipped", jnp.zeros(1))[-1]
 
-  with jax.set_mesh(mesh):
+  with jax.set_mesh(mesh_lib.one_device()):
     abstract = job_lib.Functions(tasks[0], config, tx).abstract
     leaves = len(jax.tree.leaves(nnx.state(abstract["model"], nnx.Param)))
     kinds = dict(_kinds(config.num_steps, leaves, chance))
@@ -220,10 +213,6 @@ def _multiplied(
     return updates, _MultipliedState(inner_state, state.step + 1)
 
   return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _stack(trees: Sequence[Any]) -> Any:
-  return jax.tree.map(lambda *each: np.stack(each), *trees)
 
 
 def _rows(columns: Mapping[str, Mapping[str, Cost]]) -> Iterator[list[str]]:

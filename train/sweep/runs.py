@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -72,12 +72,7 @@ class Runs:
     self._config.learning_rate = 1.0
     self._tasks = tasks
     self._max_steps = max_steps
-    self._mesh = jax.make_mesh(
-      (1,) * len(mesh_lib.AXES),
-      mesh_lib.AXES,
-      devices=jax.devices()[:1],
-      axis_types=(AxisType.Auto,) * len(mesh_lib.AXES),
-    )
+    self._mesh = mesh_lib.one_device()
     task = tasks[0]
 
     def functions(
@@ -197,8 +192,8 @@ class Runs:
 
   def _batches(self, step: int, count: int) -> job_lib.Batch:
     """Returns arrays [seeds, count, batch, ...]."""
-    return _stack(
-      _stack(task.train_batch(i) for i in range(step, step + count))
+    return stacked(
+      stacked(task.train_batch(i) for i in range(step, step + count))
       for task in self._tasks
     )
 
@@ -234,7 +229,8 @@ def make_tasks(config: ConfigDict, seeds: int) -> Sequence[Task]:
   return tasks
 
 
-def _stack(trees: Any) -> Any:
+def stacked(trees: Iterable[Any]) -> Any:
+  """Returns a tree of NumPy's arrays, with a first axis over the trees."""
   return jax.tree.map(lambda *each: np.stack(each), *trees)
 
 

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from train.faults.jobs import EVERY, STEPS, Job
-from train.faults.runs import FORK, LIMIT, Ended, Run
+from train.faults.runs import FORK, LIMIT, Ended
 
 # What changes a file, among Python's audit events.
 _WRITES = {
@@ -55,7 +55,7 @@ class Interrupted(NamedTuple):
 
   what: str
   ends: Sequence[Ended]
-  statuses: frozenset[int]
+  statuses: Set[int]
 
 
 Interruption = Callable[[Job, Size, np.random.Generator], Interrupted]
@@ -111,7 +111,7 @@ def _kills(
     ends.append(run.end())
   after = " and ".join(f"{each:.3f} s" for each in delays)
   saves = f" after the saves of {steps} began" if in_save else ""
-  return Interrupted(f"killed {after}{saves}", ends, _statuses(-9, 0))
+  return Interrupted(f"killed {after}{saves}", ends, {-9, 0})
 
 
 def kill_at_a_write(
@@ -128,7 +128,7 @@ def kill_at_a_write(
 
   ends = job.run(prepare=lambda: _at_writes(job.workdir, count))
   return Interrupted(
-    f"killed before write {number} of {size.writes}", ends, _statuses(-9, 0)
+    f"killed before write {number} of {size.writes}", ends, {-9, 0}
   )
 
 
@@ -148,12 +148,12 @@ def _at_writes(folder: Path, called: Callable[[], None]) -> None:
 
 def terminate(job: Job, size: Size, rng: np.random.Generator) -> Interrupted:
   """Sends SIGTERM, sometimes twice."""
-  return _signal(job, size, rng, signal.SIGTERM, _statuses(-signal.SIGTERM, 0))
+  return _signal(job, size, rng, signal.SIGTERM, {-signal.SIGTERM, 0})
 
 
 def interrupt(job: Job, size: Size, rng: np.random.Generator) -> Interrupted:
   """Sends what Ctrl-C does, sometimes twice."""
-  return _signal(job, size, rng, signal.SIGINT, _statuses(130, 0))
+  return _signal(job, size, rng, signal.SIGINT, {130, 0})
 
 
 def _signal(
@@ -161,7 +161,7 @@ def _signal(
   size: Size,
   rng: np.random.Generator,
   number: signal.Signals,
-  statuses: frozenset[int],
+  statuses: Set[int],
 ) -> Interrupted:
   delays = [rng.uniform(0, size.seconds), rng.uniform(0, 0.1)]
   delays = delays[: rng.integers(1, 3)]
@@ -181,7 +181,7 @@ def limit_files(job: Job, size: Size, rng: np.random.Generator) -> Interrupted:
       resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)
     )
   )
-  return Interrupted(f"files of {limit} bytes at most", ends, _statuses(2))
+  return Interrupted(f"files of {limit} bytes at most", ends, {2})
 
 
 def fill_disk(job: Job, size: Size, rng: np.random.Generator) -> Interrupted:
@@ -196,7 +196,7 @@ def fill_disk(job: Job, size: Size, rng: np.random.Generator) -> Interrupted:
       ends = job.run()
       shutil.copytree(job.workdir, copy, symlinks=True, dirs_exist_ok=True)
     shutil.copytree(copy, job.workdir, symlinks=True, dirs_exist_ok=True)
-  return Interrupted(f"a disk of {disk}", ends, _statuses(2, 0))
+  return Interrupted(f"a disk of {disk}", ends, {2, 0})
 
 
 def can_mount() -> bool:
@@ -236,17 +236,9 @@ def lose_a_process(
   lost = int(rng.integers(len(runs)))
   runs[lost].send(signal.SIGKILL)
   # The others have 20 seconds, and this machine may be slow.
-  ends = [_end(run) for run in runs]
+  ends = [run.end(seconds=30) for run in runs]
   return Interrupted(
     f"process {lost} killed {delay:.3f} s after {begun.name} was there",
     ends,
-    _statuses(-9, 75, 0),
+    {-9, 75, 0},
   )
-
-
-def _end(run: Run) -> Ended:
-  return run.end(seconds=30)
-
-
-def _statuses(*statuses: int) -> frozenset[int]:
-  return frozenset(statuses)

@@ -1,7 +1,6 @@
 """The training loop: start or resume, train, evaluate, save checkpoints."""
 
 import contextlib
-import json
 import os
 import textwrap
 import time
@@ -11,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from clu import parameter_overview
-from flax import nnx, traverse_util
+from flax import nnx
 from ml_collections import ConfigDict
 
 import flax_mechanic
-from flax_mechanic.checkpoints import storage
+from flax_mechanic.checkpoints import record, storage
 from flax_mechanic.errors import UsageError
 from flax_mechanic.methods import stack
 from train import files, prefetch, processes, writers
@@ -201,8 +200,7 @@ def _start(
   restored = checkpointer.restore(job.target, config=config)
   notes = list(restored.damaged)
   notes += [f"resuming {checkpointer.directory} at step {restored.step}"]
-  used = _used(config)
-  unused = tuple(f"opt.{name}." for name in config.opt if name not in used)
+  unused = _unused(config)
   notes += [
     f"config.{field} was {old!r} and is now {new!r}"
     for field, (old, new) in restored.changed.items()
@@ -217,14 +215,18 @@ def _start(
 
 def _hparams(config: ConfigDict) -> dict[str, Any]:
   """Returns the config, flattened, with the options of the methods in use."""
-  hparams = json.loads(config.to_json_best_effort())
-  hparams["opt"] = {name: hparams["opt"][name] for name in _used(config)}
-  return traverse_util.flatten_dict(hparams, sep=".")
+  unused = _unused(config)
+  return {
+    field: value
+    for field, value in record.flat_config(config).items()
+    if not field.startswith(unused)
+  }
 
 
-def _used(config: ConfigDict) -> Sequence[str]:
-  """Returns the names of the methods in use."""
-  return [row.name for row in stack.resolve(config.optimizer, config.opt)]
+def _unused(config: ConfigDict) -> tuple[str, ...]:
+  """Returns how the fields of the methods that are not in use start."""
+  used = [row.name for row in stack.resolve(config.optimizer, config.opt)]
+  return tuple(f"opt.{name}." for name in config.opt if name not in used)
 
 
 def _evaluate(job: Job, state: nnx.State) -> dict[str, float]:

@@ -260,7 +260,7 @@ def test_a_run_that_looked_too_early_leaves_no_lock(
   held = lock.Lease(folder, file_system)
   held._renew()
   # As if another had found none, before the first one had begun.
-  monkeypatch.setattr(lock.Lease, "_lapsed", lambda self: {})
+  monkeypatch.setattr(lock.Lease, "_lapsed", lambda self: set())
   with pytest.raises(UsageError, match="another run is writing"):
     lock.Lease(folder, file_system)
   assert list(held._objects()) == [2]

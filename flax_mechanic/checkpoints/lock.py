@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -183,11 +183,11 @@ class Lease:
       with contextlib.suppress(Exception):
         self._fs.rm_file(self._object(self._number))
 
-  def _lapsed(self) -> Mapping[int, Any]:
-    """Returns the objects that hold nothing any more, as `_objects` does."""
+  def _lapsed(self) -> set[int]:
+    """Returns the numbers of the objects that hold nothing any more."""
     found = self._objects()
     if not found:
-      return {}
+      return found
     if self._was_killed(max(found)):
       return found
     left = LEASE - self._age(max(found))
@@ -204,8 +204,8 @@ class Lease:
       time.sleep(min(1.0, deadline - now))
       newer = self._objects()
       if not newer:
-        return {}
-      if newer.keys() - found.keys():
+        return newer
+      if newer - found:
         raise _held_by_another(self._directory)
     return found
 
@@ -237,9 +237,9 @@ class Lease:
       self._remove(probe)
     return age.total_seconds()
 
-  def _advance(self, lapsed: Mapping[int, Any] | None = None) -> bool:
+  def _advance(self, lapsed: Collection[int] = ()) -> bool:
     """Creates the next object, and says whether no other run has one."""
-    known = {self._number, *(lapsed or ())}
+    known = {self._number, *lapsed}
     new, start = self._number + 1, time.monotonic()
     try:
       self._fs.pipe_file(self._object(new), self._owner.encode(), mode="create")
@@ -247,7 +247,7 @@ class Lease:
       # A request that was repeated may have succeeded at first.
       if self._fs.cat_file(self._object(new)) != self._owner.encode():
         return False
-    if self._objects().keys() - known - {new}:
+    if self._objects() - known - {new}:
       self._remove(self._object(new))
       return False
     for number in known:
@@ -272,14 +272,14 @@ class Lease:
     while not self._ended.wait(LEASE / 4):
       self._renew()
 
-  def _objects(self) -> Mapping[int, Any]:
-    """Returns number -> what the bucket says of the object."""
+  def _objects(self) -> set[int]:
+    """Returns the numbers of the objects."""
     try:
-      found = self._fs.ls(self._folder, detail=True, refresh=True)
+      found = self._fs.ls(self._folder, detail=False, refresh=True)
     except FileNotFoundError:
-      return {}
-    names = {each["name"].rpartition("/")[2]: each for each in found}
-    return {int(name): each for name, each in names.items() if name.isdecimal()}
+      return set()
+    names = [each.rpartition("/")[2] for each in found]
+    return {int(name) for name in names if name.isdecimal()}
 
   def _remove(self, name: str) -> None:
     # It may be gone: a request is repeated where its answer was lost.

@@ -8,7 +8,6 @@ import pathlib
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from flax_mechanic import UsageError
 from train import flags, main, processes
+from train.processes import free_port
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = [
@@ -49,12 +49,6 @@ def with_every(arguments):
   """Returns a job's arguments, with those that every job has."""
   named = any(word.startswith("--config.optimizer=") for word in arguments)
   return [*EVERY, *([] if named else MECHANIC), *arguments]
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    return s.getsockname()[1]
 
 
 def start(workdirs, devices, *arguments):

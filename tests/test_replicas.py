@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from flax_mechanic import Checkpointer
 from flax_mechanic.checkpoints import replicas, storage
 from train.cost import restores
 from train.faults.bucket import Bucket
+from train.processes import free_port
 
 ROOT = Path(__file__).parent.parent
 FOLDER = "gs://test/replicas"
@@ -159,9 +159,7 @@ def test_each_byte_is_read_once(bucket):
   with Checkpointer(f"{FOLDER}/alone") as checkpointer:
     state = {name: jnp.asarray(each) for name, each in bits().items()}
     checkpointer.save(1, state | {"key": jax.random.key(1), "number": 3})
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   code = "from tests import test_replicas; test_replicas.restore({}, {})"
   started = [
     subprocess.Popen(

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 from types import FrameType
@@ -22,6 +23,13 @@ from train.lifeline import LOST, Lifeline, delay_abort
 # How long to wait for the other processes, in seconds: less than jax's five
 # minutes, after which it aborts.
 _PATIENCE = 280
+
+
+def free_port() -> int:
+  """Returns a port of this machine that nothing listens to."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
 
 
 def connect(

@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from flax_mechanic.errors import UsageError
 from train import flags
 from train.command import failed
 from train.lifeline import LOST
+from train.processes import free_port
 
 # How long the others have, in seconds, to end after one that has failed.
 _GRACE = 20
@@ -212,9 +212,7 @@ def _start(
   job: Sequence[str], count: int, errors: Sequence[IO[bytes]]
 ) -> Iterator[subprocess.Popen[bytes]]:
   """Starts the processes of a job, which end with this one."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   libc, parent = ctypes.CDLL(None), os.getpid()
 
   def end_with_parent() -> None:

@@ -15,7 +15,6 @@ from one      as fsdp in data, from a checkpoint that one device has saved
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from configs import text
 from flax_mechanic.checkpoints import storage
 from train.faults import bucket
 from train.job import make_job
+from train.processes import free_port
 from train.tables import format_table
 
 _DEVICES = 2
@@ -73,9 +73,7 @@ def _run(
   server: bucket.Bucket, count: int, devices: int = _DEVICES
 ) -> Mapping[str, float]:
   """Returns what so many processes have measured."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = free_port()
   started = [
     subprocess.Popen(
       [

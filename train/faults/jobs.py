@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from flax_mechanic.checkpoints import record
 from train.faults.bucket import NAME
 from train.faults.runs import Ended, Run
+from train.processes import free_port
 
 STEPS = 40
 EVERY = 5
@@ -80,9 +80,7 @@ class Job(NamedTuple):
     """Starts its processes; the options are those of `Run`."""
     if self.processes == 1:
       return [Run(self.arguments(), **options)]
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      port = free.getsockname()[1]
+    port = free_port()
     return [
       Run(
         [

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import absl.flags
+from flax import traverse_util
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from flax_mechanic.checkpoints import storage
@@ -316,9 +317,8 @@ def check_used(config: ConfigDict, flags: Sequence[str]) -> None:
 
 def fields(config: ConfigDict) -> Iterator[str]:
   """Yields, for every field of a config, the flag that sets its value."""
-  for path in _paths(config):
-    holder, key = _find(config, path)
-    yield shlex.quote(f"--config.{path}={holder[key]}")
+  for path, value in _flat(config).items():
+    yield shlex.quote(f"--config.{path}={value}")
 
 
 def check_workdir(workdir: str) -> None:
@@ -454,19 +454,15 @@ def _unknown(config: ConfigDict, path: str) -> str:
   else:
     return f"there is no --config.{path}; did you mean --{prefix}?"
   last = path.split(".")[-1]
-  same = [each for each in _paths(config) if each.split(".")[-1] == last]
+  same = [each for each in _flat(config) if each.split(".")[-1] == last]
   if len(same) == 1:
     return f"there is no --config.{path}; did you mean --config.{same[0]}?"
   return f"there is no --config.{path}; {prefix} has {', '.join(node)}"
 
 
-def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-  """Yields the dotted path of every field, such as schedule.name."""
-  for key in config:
-    if isinstance(config[key], ConfigDict):
-      yield from _paths(config[key], f"{prefix}{key}.")
-    else:
-      yield f"{prefix}{key}"
+def _flat(config: ConfigDict) -> dict[str, Any]:
+  """Returns the dotted path of every field, such as schedule.name -> value."""
+  return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
 def _example(path: str, value: object, kind: type) -> str:

@@ -255,38 +255,55 @@ def override(
     given.setdefault(path, []).append(argument)
 
   for path, arguments in given.items():
-    parser = absl.flags.FlagValues()
     holder, key = _find(config, path)
-    kind = holder.get_type(key)
-    # By itself, since the parser prints all that it is given, twice.
-    alone = ConfigDict()
-    alone[key] = config_dict.placeholder(kind)
-    if holder[key] is not None:
-      alone[key] = holder[key]
-    words = [
-      "",
-      *(a.replace(f"config.{path}", f"config.{key}", 1) for a in arguments),
-    ]
-    try:
-      config_flags.DEFINE_config_dict(
-        "config", alone, flag_values=parser, sys_argv=words
-      )
-    except absl.flags.Error:
-      raise UsageError(
-        f"--config.{path} is a {kind.__name__}, which no flag can set; make it "
-        "a number, a string or a tuple in the config file"
-      ) from None
-    try:
-      parser(words)
-    except (absl.flags.Error, ValueError):
-      raise UsageError(
-        f"{arguments[-1]}: config.{path} is of type {kind.__name__}; type "
-        + _example(path, holder[key], kind)
-      ) from None
-    holder[key] = alone[key]
+    holder[key] = _parsed(holder, key, path, arguments)
   if rate is not None:
     rate *= stack.relative_rate(stack.resolve(config.optimizer, config.opt))
     config.learning_rate = float(f"{rate:.6g}")
+
+
+def _parsed(
+  holder: ConfigDict, key: str, path: str, arguments: Sequence[str]
+) -> Any:
+  """Returns the new value of a field.
+
+  Args:
+    holder: the group that holds it.
+    key: its name in the group.
+    path: its name in the config.
+    arguments: those that set it, such as ["--config.num_steps=80"].
+
+  Raises:
+    UsageError: they are of another type.
+  """
+  parser = absl.flags.FlagValues()
+  kind = holder.get_type(key)
+  # By itself, since the parser prints all that it is given, twice.
+  alone = ConfigDict()
+  alone[key] = config_dict.placeholder(kind)
+  if holder[key] is not None:
+    alone[key] = holder[key]
+  words = [
+    "",
+    *(a.replace(f"config.{path}", f"config.{key}", 1) for a in arguments),
+  ]
+  try:
+    config_flags.DEFINE_config_dict(
+      "config", alone, flag_values=parser, sys_argv=words
+    )
+  except absl.flags.Error:
+    raise UsageError(
+      f"--config.{path} is a {kind.__name__}, which no flag can set; make it "
+      "a number, a string or a tuple in the config file"
+    ) from None
+  try:
+    parser(words)
+  except (absl.flags.Error, ValueError):
+    raise UsageError(
+      f"{arguments[-1]}: config.{path} is of type {kind.__name__}; type "
+      + _example(path, holder[key], kind)
+    ) from None
+  return alone[key]
 
 
 def check_used(config: ConfigDict, flags: Sequence[str]) -> None:

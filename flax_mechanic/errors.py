@@ -14,6 +14,22 @@ class UsageError(ValueError):
   """
 
 
+def not_installed(what: str, extra: str) -> UsageError:
+  """Returns what to raise where a library is missing.
+
+  Args:
+    what: what needs it, and its name.
+    extra: of this package, that installs it.
+
+  Example:
+    >>> print(not_installed("a plot needs it", "train"))
+    a plot needs it, which is not installed; type pip install -e ".[train]"
+  """
+  return UsageError(
+    f'{what}, which is not installed; type pip install -e ".[{extra}]"'
+  )
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
   """Returns "; did you mean 'x'?" for the nearest of `names`, else the list.
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 import absl.logging
 
 import flax_mechanic
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import not_installed
 from train import flags
 from train.command import failed, print_help, quieten
 
@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
       from train import loop, processes
     except ModuleNotFoundError as error:
-      raise UsageError(
-        f"training needs {error.name}, which is not installed; type"
-        ' pip install -e ".[train]"'
-      ) from error
+      raise not_installed(f"training needs {error.name}", "train") from error
 
     with processes.connect(place):
       loop.train(config, workdir)

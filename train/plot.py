@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from flax_mechanic.checkpoints import storage
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, not_installed
 from train import files
 from train.command import run_command
 
@@ -45,10 +45,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   try:
     from matplotlib.figure import Figure
   except ImportError as error:
-    raise UsageError(
-      "train.plot needs matplotlib, which is not installed; type"
-      ' pip install -e ".[train]"'
-    ) from error
+    raise not_installed("train.plot needs matplotlib", "train") from error
   names = sorted(
     name for name in set().union(*runs.values()) if not name.endswith(_LEFT_OUT)
   )

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_mechanic.checkpoints.lock import Flock, Held, Lease
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, not_installed
 
 # pathlib makes one slash of two.
 _BUCKET = re.compile(r"(gs|s3):/+")
@@ -335,10 +335,7 @@ def _connect(scheme: str) -> None:
     __import__(client)
     from orbax.checkpoint._src.serialization import tensorstore_utils
   except ImportError as error:
-    raise UsageError(
-      f"{scheme}:// needs {error.name}, which is not installed; type"
-      f' pip install -e ".[{extra}]"'
-    ) from error
+    raise not_installed(f"{scheme}:// needs {error.name}", extra) from error
   for name in ("gcsfs", "s3fs", "aiobotocore", "botocore", "google.auth"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   for name, own in (("gs", token), ("gcs", token), ("s3", {})):

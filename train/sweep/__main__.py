@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from flax_mechanic.checkpoints import storage
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, not_installed
 from train import files, flags
 from train.command import run_command
 from train.progress import Progress
@@ -58,10 +58,7 @@ def _report(arguments: Sequence[str]) -> Iterator[str]:
   try:
     from train.sweep import comparison, figures, oracle
   except ImportError as error:
-    raise UsageError(
-      f"train.sweep needs {error.name}, which is not installed; type"
-      ' pip install -e ".[sweep]"'
-    ) from error
+    raise not_installed(f"train.sweep needs {error.name}", "sweep") from error
   units = plan.make_units(config)
   flags.check_workdir(given["workdir"])
   workdir = storage.path(given["workdir"])

@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, not_installed
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -92,11 +92,9 @@ def scikit_learn(task: str) -> Any:
   """
   try:
     from sklearn import datasets
-  except ImportError as e:
-    raise UsageError(
-      f"config.task={task!r} reads its data from scikit-learn, which is not"
-      ' installed; type pip install -e ".[train]"'
-    ) from e
+  except ImportError as error:
+    what = f"config.task={task!r} reads its data from scikit-learn"
+    raise not_installed(what, "train") from error
   return datasets
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flax_mechanic.checkpoints import storage
-from flax_mechanic.errors import UsageError
+from flax_mechanic.errors import UsageError, not_installed
 from train.tasks.transformer import BYTES
 
 
@@ -144,8 +144,6 @@ def _library() -> Any:
     import tokenizers.pre_tokenizers
     import tokenizers.trainers
   except ModuleNotFoundError as error:
-    raise UsageError(
-      "config.data.tokenizer needs tokenizers, which is not installed; type"
-      ' pip install -e ".[text]"'
-    ) from error
+    what = "config.data.tokenizer needs tokenizers"
+    raise not_installed(what, "text") from error
   return tokenizers

@@ -84,6 +84,15 @@ class Examples(_HeldOut):
     return {name: array[index] for name, array in self._train.items()}
 
 
+def check_noise(noise: float) -> None:
+  """Raises a UsageError if config.data.noise is no standard deviation."""
+  if noise < 0:
+    raise UsageError(
+      f"config.data.noise={noise} is a standard deviation and must be 0 or"
+      " more; type --config.data.noise=0.3"
+    )
+
+
 def scikit_learn(task: str) -> Any:
   """Returns the module `sklearn.datasets`.
 

@@ -9,10 +9,9 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from flax_mechanic.errors import UsageError
 from train.mesh import logical
 from train.tasks import losses
-from train.tasks.examples import Drawn
+from train.tasks.examples import Drawn, check_noise
 from train.tasks.kinds import check_sizes
 from train.tasks.transformer import Embed
 
@@ -74,11 +73,7 @@ class Ratings(Drawn):
 
   def __init__(self, config: ml_collections.ConfigDict):
     check_sizes(config.model, ["embed_dim"])
-    if config.data.noise < 0:
-      raise UsageError(
-        f"config.data.noise={config.data.noise} is a standard deviation and"
-        " must be 0 or more; type --config.data.noise=0.3"
-      )
+    check_noise(config.data.noise)
     rng = np.random.Generator(np.random.Philox(0))
     self._users = rng.standard_normal((_USERS, _RANK))
     self._items = rng.standard_normal((_ITEMS, _RANK))

@@ -10,7 +10,7 @@ from flax import nnx
 
 from flax_mechanic.errors import UsageError
 from train.tasks import losses
-from train.tasks.examples import Drawn
+from train.tasks.examples import Drawn, check_noise
 from train.tasks.mlp import Mlp, check_widths
 
 _FEATURES = 16
@@ -34,11 +34,7 @@ class Teacher(Drawn):
 
   def __init__(self, config: ml_collections.ConfigDict):
     check_widths(config.model.widths)
-    if config.data.noise < 0:
-      raise UsageError(
-        f"config.data.noise={config.data.noise} is a standard deviation and"
-        " must be 0 or more; type --config.data.noise=0.3"
-      )
+    check_noise(config.data.noise)
     self._change_every = config.data.get("change_every", 0)
     if self._change_every < 0:
       raise UsageError(

@@ -1,4 +1,4 @@
-"""Names of leaves and parameters: paths as text, and patterns over them."""
+"""Names of leaves and parameters, patterns over them, and nodes by type."""
 
 import re
 from collections import Counter
@@ -98,6 +98,17 @@ def by_path(
       )
     leaves[name] = leaf
   return leaves
+
+
+def outermost(tree: Any, types: tuple[type, ...]) -> list[Any]:
+  """Returns the nodes of some types, such as states, that are in no other one.
+
+  Example:
+    >>> outermost([optax.EmptyState(), 3], (optax.EmptyState,))
+    [EmptyState()]
+  """
+  is_found = lambda node: isinstance(node, types)
+  return [*filter(is_found, jax.tree.leaves(tree, is_leaf=is_found))]
 
 
 def matching(patterns: Sequence[str], params: optax.Params) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 from flax_mechanic.mechanic.held import SCHEDULES
+from flax_mechanic.paths import outermost
 
 # The counts at which a schedule's peak is looked for, 8% apart.
 _COUNTS = np.unique(np.geomspace(1, 2**30, 256).astype(np.int32)) - 1
@@ -40,6 +41,4 @@ def check(base_state: optax.OptState) -> None:
 
 
 def _counts(base_state: optax.OptState) -> list[jax.Array]:
-  is_schedule = lambda node: isinstance(node, SCHEDULES)
-  nodes = jax.tree.leaves(base_state, is_leaf=is_schedule)
-  return [node.count for node in nodes if is_schedule(node)]
+  return [node.count for node in outermost(base_state, SCHEDULES)]

@@ -12,7 +12,8 @@ from optax import contrib
 from optax.schedules import InjectStatefulHyperparamsState
 
 from flax_mechanic.mechanic import MechanicState
-from flax_mechanic.paths import matching, parameter_path
+from flax_mechanic.mechanic.offset import widen
+from flax_mechanic.paths import matching, outermost, parameter_path
 
 
 def injected(
@@ -285,9 +286,7 @@ def _choice(
 
 def _mechanic_counts(state: optax.OptState) -> list[jax.Array]:
   """Returns how many gradients each Mechanic in a state has taken."""
-  is_mechanic = lambda node: isinstance(node, MechanicState)
-  leaves = jax.tree.leaves(state, is_leaf=is_mechanic)
-  return [leaf.count for leaf in leaves if is_mechanic(leaf)]
+  return [each.count for each in outermost(state, (MechanicState,))]
 
 
 class MeasuredState(NamedTuple):

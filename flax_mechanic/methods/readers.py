@@ -2,14 +2,7 @@
 
 import functools
 import operator
-from collections.abc import (
-  Callable,
-  Collection,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +16,7 @@ from flax_mechanic.mechanic import MechanicState
 from flax_mechanic.mechanic.sizes import Sizes
 from flax_mechanic.methods import features, registry
 from flax_mechanic.methods.registry import Scalars
+from flax_mechanic.paths import outermost
 from flax_mechanic.placement import Shardings
 
 # A state -> scalars, or a state and parameters -> parameters.
@@ -92,7 +86,7 @@ def eval_params(
     (2,)
   """
   readers = _readers("eval_params")
-  for state in _outermost(_typed(opt_state, readers), readers):
+  for state in outermost(_typed(opt_state, readers), tuple(readers)):
     read = readers[type(state)]
     if shardings and shardings.by_path:
       params = _placed(read, shardings, state, params)
@@ -119,12 +113,6 @@ def _readers(field: str) -> dict[type, Reader]:
   return readers
 
 
-def _outermost(tree: Any, types: Iterable[type]) -> Iterator[Any]:
-  """Yields the states of some types that are in none of the others."""
-  is_found = lambda node: isinstance(node, tuple(types))
-  yield from filter(is_found, jax.tree.leaves(tree, is_leaf=is_found))
-
-
 def _read(tree: Any, readers: Mapping[type, Reader]) -> Scalars:
   """Returns the scalars of the states in a tree.
 
@@ -133,7 +121,7 @@ def _read(tree: Any, readers: Mapping[type, Reader]) -> Scalars:
   """
   found: Scalars = {}
   parts = []
-  for state in _outermost(tree, (*readers, optax.MaskedState)):
+  for state in outermost(tree, (*readers, optax.MaskedState)):
     inner = _read(tuple(state), readers)
     if isinstance(state, optax.MaskedState):
       parts.append(inner)

@@ -184,7 +184,7 @@ def average_iterates(
   (Shamir, Zhang 2013, arXiv 1212.1824; with gamma 8 in DoG, arXiv 2302.12022).
   """
   tx = optax.with_extra_args_support(tx)
-  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  wide = lambda x: widen(x, jnp.float32)
 
   def init(params):
     return AveragedState(

@@ -193,12 +193,9 @@ def _may_be_empty(type_: Any) -> set[str]:
 
 def injected_learning_rate(state: InjectStatefulHyperparamsState) -> Scalars:
   """Reads the schedule's present value."""
-  injected = state.hyperparams
-  return {
-    name: jnp.asarray(injected[name])
-    for name in ("learning_rate",)
-    if name in injected
-  }
+  if "learning_rate" not in state.hyperparams:
+    return {}
+  return {"learning_rate": jnp.asarray(state.hyperparams["learning_rate"])}
 
 
 def skipped(state: Sizes) -> Scalars:

@@ -53,7 +53,7 @@ PARTS = {"normalize", "hutchinson_estimator_diag_hessian"}
 def test_every_optimizer_of_optax_has_a_row_or_a_reason():
   found = {*optimizers_of(optax), *optimizers_of(contrib)}
   assert found > {"adamw", "polyak_sgd", "lbfgs", "sophia", "mechanize"}
-  known = flax_mechanic.methods().keys() | registry.left_out().keys() | PARTS
+  known = flax_mechanic.methods().keys() | registry._LEFT_OUT.keys() | PARTS
   assert sorted(found - known) == []
 
 
@@ -70,7 +70,7 @@ def test_an_optimizer_that_this_optax_lacks_says_so(monkeypatch):
 
 
 def test_what_is_left_out_says_what_to_type_instead():
-  for name in registry.left_out():
+  for name in registry._LEFT_OUT:
     with pytest.raises(UsageError, match=f"'{name}' is left out: ") as error:
       build(name)
     typed = str(error.value).split("--config.")[1:]

@@ -211,11 +211,6 @@ def leave_out(name: str, why: str) -> None:
   _LEFT_OUT[name] = why
 
 
-def left_out() -> Mapping[str, str]:
-  """Returns what the flag does not accept: name -> why."""
-  return MappingProxyType(_LEFT_OUT)
-
-
 def describe() -> str:
   """Returns the table as text: for each row a line of facts and what it is.
 

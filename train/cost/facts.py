@@ -150,15 +150,6 @@ def mixed_mesh(axis_type: AxisType) -> jax.sharding.Mesh:
   return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
 
 
-def compile_bare(tx: optax.GradientTransformation, mesh: Any) -> Facts:
-  """Compiles the transformation's own update of a `MixedModel`."""
-  with jax.set_mesh(mesh):
-    params = MixedModel(mesh).params
-    step = jax.jit(update_step(tx), donate_argnums=(1, 2))
-    compiled = step.lower(params, tx.init(params), params).compile()
-  return facts_of(compiled, copy_bytes(params))
-
-
 def compile_optimizer(tx: optax.GradientTransformation, mesh: Any) -> Facts:
   """Compiles `Optimizer.update` of a `MixedModel`."""
   with jax.set_mesh(mesh):

@@ -27,6 +27,7 @@ from flax_mechanic import (
   mechanize,
 )
 from flax_mechanic.checkpoints import record
+from tests.references import assert_same
 
 BASES = {
   "adamw": lambda: optax.adamw(optax.constant_schedule(1e-2)),
@@ -39,10 +40,6 @@ BASES = {
 
 def close(a, b, rtol=1e-5, atol=1e-6):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, atol), a, b)
-
-
-def same(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 class Model(nnx.Module):
@@ -126,7 +123,9 @@ def test_a_plain_run_under_mechanic(tmp_path, base, save):
   (where, note) = optimizer.init_from(new, tmp_path / "plain")
   assert str(tmp_path / "plain") in where
   saved = nnx.state(model, nnx.Not(nnx.RngState))
-  same(nnx.as_pure(nnx.state(new, nnx.Not(nnx.RngState))), nnx.as_pure(saved))
+  assert_same(
+    nnx.as_pure(nnx.state(new, nnx.Not(nnx.RngState))), nnx.as_pure(saved)
+  )
   state = nnx.as_pure(optimizer.opt_state)
   moments = nnx.as_pure(plain.opt_state)
   untouched = state.base_optimizer_state
@@ -134,9 +133,9 @@ def test_a_plain_run_under_mechanic(tmp_path, base, save):
     # The schedule's count starts from 0.
     assert (int(moments[2].count), int(untouched[2].count)) == (3, 0)
     moments, untouched = moments[0], untouched[0]
-  same(untouched, moments)
+  assert_same(untouched, moments)
   params = nnx.as_pure(nnx.state(new, nnx.Param))
-  same(state.x0, params)
+  assert_same(state.x0, params)
   assert (int(state.count), float(state.scale)) == (0, pytest.approx(6e-6))
   assert note.startswith("taken from its optimizer: ")
   assert "x0" in note.split("restarts: ")[1]
@@ -161,8 +160,8 @@ def test_a_linen_run_of_optax_mechanize_goes_on_as_it_would(tmp_path):
   # What optax does not have is not named.
   taken = "count, m, mu, nu, r, s, scale, v, x0"
   assert notes[1:] == [f"taken from its optimizer: {taken}"]
-  same(ours.params, theirs.params)
-  same(ours.opt_state.x0, theirs.opt_state[1].x0)
+  assert_same(ours.params, theirs.params)
+  assert_same(ours.opt_state.x0, theirs.opt_state[1].x0)
   before = network.params()
   moved = lambda a: float(optax.global_norm(optax.tree.sub(a, before)))
   theirs, ours = train_linen(theirs, 30, 20), train_linen(ours, 30, 20)
@@ -182,7 +181,7 @@ def test_an_nnx_run_of_optax_mechanize(tmp_path):
   optimizer.init_from(new, tmp_path / "plain")
   state, theirs = (nnx.as_pure(each.opt_state) for each in (optimizer, plain))
   for field in ("base_optimizer_state", "count", "r", "m", "v", "s", "x0"):
-    same(getattr(state, field), getattr(theirs, field))
+    assert_same(getattr(state, field), getattr(theirs, field))
   assert float(state.scale) == pytest.approx(float(jnp.sum(theirs.s)))
 
 
@@ -212,14 +211,14 @@ def test_other_folders_in_a_workdir_are_ignored(run, tmp_path):
   state, (where, note) = state.init_from(tmp_path / "run")
   assert where == f"starting from {step}"
   assert "mu" in note.split("restarts")[0]
-  same(state.params, saved.params)
+  assert_same(state.params, saved.params)
 
 
 def test_what_is_known_of_gradients_goes_on(run):
   folder, saved = run
   state, (_, note) = ours({}, steps=0).init_from(folder)
   assert "s, scale, sizes, v" in note
-  same(state.opt_state.sizes, saved.opt_state.sizes)
+  assert_same(state.opt_state.sizes, saved.opt_state.sizes)
 
 
 FORMER = {"initial_scale": "s_init"}
@@ -256,10 +255,10 @@ def test_x0_is_recovered_from_delta(tmp_path, groups):
   assert "restarts" not in notes[-1]
   close(found.opt_state.x0, network.params())
   for field in ("count", "r", "m", "v", "s", "mean_norm"):
-    same(getattr(found.opt_state, field), saved["opt_state"][field])
+    assert_same(getattr(found.opt_state, field), saved["opt_state"][field])
   for field, former in FORMER.items():
     if field in found.opt_state._fields:
-      same(getattr(found.opt_state, field), saved["opt_state"][former])
+      assert_same(getattr(found.opt_state, field), saved["opt_state"][former])
 
 
 @pytest.mark.parametrize("groups", ["", ".*"])
@@ -296,7 +295,7 @@ def test_the_scale_of_a_group_of_several_leaves_is_not_guessed(tmp_path):
   save_standard(tmp_path / "run", with_delta_alone(saved, scales))
   state, (_, note) = ours(groups, steps=0).init_from(tmp_path / "run")
   assert "x0" in note.split("restarts: ")[1]
-  same(state.opt_state.x0, state.params)
+  assert_same(state.opt_state.x0, state.params)
 
 
 @pytest.mark.parametrize(
@@ -311,11 +310,11 @@ def test_a_tuner_that_does_not_fit_restarts(run, tx, moments):
   state = TrainState.create(apply_fn=None, params=network.params(), tx=tx)
   state, notes = state.init_from(folder)
   assert int(state.opt_state.count) == 0
-  same(state.opt_state.x0, saved.params)
+  assert_same(state.opt_state.x0, saved.params)
   assert "scale" in notes[-1].split("restarts: ")[1]
   mu = lambda state: state.opt_state.base_optimizer_state[0].mu
   if moments:
-    same(mu(state), mu(saved))
+    assert_same(mu(state), mu(saved))
   else:
     assert optax.global_norm(mu(state)) == 0.0
 
@@ -357,7 +356,7 @@ def test_parameters_only(run):
   )
   state, notes = state.init_from(folder, params_only=True)
   assert len(notes) == 1
-  same(state.params, saved.params)
+  assert_same(state.params, saved.params)
   assert optax.global_norm(state.opt_state.base_optimizer_state[0].mu) == 0.0
 
 
@@ -370,7 +369,9 @@ def test_the_placement_and_dtype_are_the_target_s(run):
   kernel = jax.ShapeDtypeStruct((8, 16), jnp.bfloat16, sharding=sharding)
   loaded = load_params(folder, {"hidden": {"kernel": kernel}})["hidden"]
   assert loaded["kernel"].sharding.is_equivalent_to(sharding, 2)
-  same(loaded["kernel"], saved.params["hidden"]["kernel"].astype(jnp.bfloat16))
+  assert_same(
+    loaded["kernel"], saved.params["hidden"]["kernel"].astype(jnp.bfloat16)
+  )
 
 
 def test_what_is_not_there_is_said(run, tmp_path):
@@ -399,14 +400,14 @@ def test_lora_starts_from_a_model_with_or_without_it(tmp_path):
   notes = optimizer.init_from(model, tmp_path / "base")
   assert "not in it, and new: 2 parameters" in notes
   x = jnp.ones((2, 3))
-  same(model(x), base(x))
+  assert_same(model(x), base(x))
   assert model.lora.lora_a[...].any()
   model.lora.lora_b[...] += 1.0
   save_standard(tmp_path / "tuned", nnx.state(model))
   again = nnx.LoRALinear(3, 4, lora_rank=2, rngs=nnx.Rngs(2))
   notes = Optimizer(again, optax.sgd(0.1)).init_from(again, tmp_path / "tuned")
   assert not any("new" in note for note in notes)
-  same(again(x), model(x))
+  assert_same(again(x), model(x))
   # Nothing else may be missing.
   del base.kernel
   save_standard(tmp_path / "less", nnx.state(base))
@@ -421,7 +422,7 @@ def test_the_newest_of_steps_of_one_item_each(tmp_path):
     checkpoints.save_checkpoint(tmp_path / "flax", tree, step, keep=2)
     save_standard(tmp_path / "orbax" / f"step_{step}", tree)
   for folder in ("flax", "orbax"):
-    same(load_params(tmp_path / folder, w), {"w": jnp.full(2, 30.0)})
+    assert_same(load_params(tmp_path / folder, w), {"w": jnp.full(2, 30.0)})
 
 
 def test_items_may_have_numbers(tmp_path):
@@ -430,7 +431,7 @@ def test_items_may_have_numbers(tmp_path):
     items = {"params": w, "ema_99": zero, "opt_1": {"mu": zero}}
     items = {k: ocp.args.StandardSave(item) for k, item in items.items()}
     manager.save(1, args=ocp.args.Composite(**items))
-  same(load_params(tmp_path, zero), w)
+  assert_same(load_params(tmp_path, zero), w)
 
 
 def test_two_copies_are_one_too_many(tmp_path):
@@ -438,11 +439,11 @@ def test_two_copies_are_one_too_many(tmp_path):
   save_standard(
     tmp_path / "two", {"ema": w, "params": w, "opt_state": [{"mu": w}]}
   )
-  same(load_params(tmp_path / "two", w), w)  # By the usual name.
+  assert_same(load_params(tmp_path / "two", w), w)  # By the usual name.
   save_standard(tmp_path / "odd", {"ema": w, "raw": w})
   with pytest.raises(UsageError, match=r"ema/, raw/; .*, {'ema': params}\)"):
     load_params(tmp_path / "odd", w)
-  same(load_params(tmp_path / "odd", {"ema": w})["ema"], w)
+  assert_same(load_params(tmp_path / "odd", {"ema": w})["ema"], w)
 
 
 @pytest.mark.parametrize(
@@ -451,13 +452,13 @@ def test_two_copies_are_one_too_many(tmp_path):
 def test_an_optimizer_s_tree_is_not_taken(tmp_path, tx):
   w = {"w": jnp.ones(2)}
   save_standard(tmp_path / "both", {"params": w, "opt_state": tx.init(w)})
-  same(load_params(tmp_path / "both", w), w)
+  assert_same(load_params(tmp_path / "both", w), w)
   save_standard(tmp_path / "state", tx.init(w))
   with pytest.raises(UsageError, match="no parameters, only an optimizer's"):
     load_params(tmp_path / "state", w)
   # A container may be called like a field of a state.
   save_standard(tmp_path / "gan", {"m": w, "d": {"v": jnp.ones(2)}})
-  same(load_params(tmp_path / "gan", w), w)
+  assert_same(load_params(tmp_path / "gan", w), w)
 
 
 @pytest.mark.parametrize("boxed", [True, False])
@@ -470,7 +471,7 @@ def test_parameters_in_their_variables(tmp_path, boxed):
   for wanted in (params, nnx.to_pure_dict(params)):
     zeros = jax.tree.map(jnp.zeros_like, wanted)
     loaded = load_params(tmp_path / "run", zeros)
-    same(loaded, wanted)
+    assert_same(loaded, wanted)
   nnx.update(model, load_params(tmp_path / "run", params))
 
 
@@ -492,7 +493,7 @@ def test_an_average_beside_the_state_is_not_taken(tmp_path, momentum, inner):
   w = {"w": jnp.zeros(2)}
   for folder in ("one", "items"):
     if momentum:
-      same(load_params(tmp_path / folder, w), {"w": jnp.ones(2)})
+      assert_same(load_params(tmp_path / folder, w), {"w": jnp.ones(2)})
       continue
     # Without an optimizer's trees, nothing tells which of them it trained.
     with pytest.raises(UsageError, match=r"under each of ema_params/.*state/"):
@@ -523,7 +524,7 @@ def test_a_step_under_another_name(tmp_path):
     UsageError, match=r"name one of its folders, such as .*_7"
   ):
     load_params(tmp_path / "run", w)
-  same(load_params(tmp_path / "run" / "damaged_7", w), w)
+  assert_same(load_params(tmp_path / "run" / "damaged_7", w), w)
   shutil.copytree(tmp_path / "run" / "damaged_7", tmp_path / "run" / "9")
   for folder in ("run", "run/9"):
     with pytest.raises(UsageError, match="9 was saved as step 7; rename the"):
@@ -534,6 +535,6 @@ def test_a_text_among_the_arrays(tmp_path):
   w = {"w": jnp.arange(3.0)}
   with ocp.PyTreeCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "plain", {"params": w, "name": "a run"})
-  same(load_params(tmp_path / "plain", w), w)
+  assert_same(load_params(tmp_path / "plain", w), w)
   with pytest.raises(UsageError, match="cannot be read"):
     load_params(tmp_path / "plain", {"name": jnp.zeros(())})

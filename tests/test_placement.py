@@ -19,6 +19,7 @@ from flax_mechanic.methods import repairs
 from flax_mechanic.paths import leaf_path
 from tests import network, optimizers
 from tests.compilations import compilations
+from train.cost.facts import mixed_mesh
 
 SPECS = {
   "hidden": {"kernel": P(None, "model"), "bias": P("model")},
@@ -34,10 +35,6 @@ SPLIT = {
 QUICK = ["mechanic", "prodigy", "adafactor", "dpsgd"]
 AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 SHARD_OVER = [(), ("data",)]
-
-
-def make_mesh(axis_type):
-  return jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
 
 
 def make_tx(name):
@@ -121,7 +118,7 @@ def train_state_cases():
   ("name", "axis_type", "shard_over"), train_state_cases()
 )
 def test_train_state_stays_where_it_belongs(name, axis_type, shard_over):
-  tx, devices = make_tx(name), make_mesh(axis_type)
+  tx, devices = make_tx(name), mixed_mesh(axis_type)
   specs = SPLIT if shard_over else SPECS
   typed = axis_type == AxisType.Explicit
 
@@ -218,7 +215,7 @@ def losses_of_one_device(name):
 def test_every_leaf_stays_where_it_belongs(
   name, axis_type, annotated, jitted, shard_over, offload
 ):
-  devices, tx = make_mesh(axis_type), make_tx(name)
+  devices, tx = mixed_mesh(axis_type), make_tx(name)
   typed = axis_type == AxisType.Explicit
   specs = SPLIT if shard_over else SPECS
 
@@ -290,7 +287,7 @@ def test_every_leaf_stays_where_it_belongs(
 @pytest.mark.slow
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 def test_outside_of_the_mesh_s_context(axis_type):
-  devices = make_mesh(axis_type)
+  devices = mixed_mesh(axis_type)
   with jax.set_mesh(devices):
     model = nnx.jit(lambda: Model(None, annotated=True))()
     optimizer = Optimizer(model, make_tx("mechanic"), shard_over=["data"])
@@ -308,7 +305,7 @@ def test_outside_of_the_mesh_s_context(axis_type):
 
 
 def test_where_nothing_is_known_nothing_is_promised():
-  devices = make_mesh(AxisType.Auto)
+  devices = mixed_mesh(AxisType.Auto)
 
   def create():
     lay = jax.lax.with_sharding_constraint
@@ -332,7 +329,7 @@ def test_an_annotated_scalar_is_known():
     model = nnx.Dict({"scale": scale})
     return model, Optimizer(model, make_tx("mechanic"))
 
-  with jax.set_mesh(make_mesh(AxisType.Auto)):
+  with jax.set_mesh(mixed_mesh(AxisType.Auto)):
     _, optimizer = nnx.jit(create)()
   assert list(optimizer.shardings.by_path) == ["scale"]
 
@@ -355,7 +352,7 @@ def test_an_annotation_of_the_state_is_as_in_flax(axis_type, jitted, own):
   made = nnx.jit(create, static_argnums=0) if jitted else create
   place = lambda variable: variable.get_value().sharding
   of_state = lambda optimizer: place(optimizer.opt_state[0].trace["w"])
-  with jax.set_mesh(make_mesh(axis_type)):
+  with jax.set_mesh(mixed_mesh(axis_type)):
     (model, optimizer), (_, flax_s) = made(Optimizer), made(nnx.Optimizer)
     wanted, before = of_state(flax_s), place(model["w"])
     assert wanted.spec[0] == "data"
@@ -398,7 +395,7 @@ def test_a_model_that_is_annotated_in_part_compiles_once(axis_type):
       self.kernel = nnx.Param(jnp.ones((8, 4)), out_sharding=("model", None))
       self.bias = nnx.Param(jnp.ones(4))
 
-  with jax.set_mesh(make_mesh(axis_type)):
+  with jax.set_mesh(mixed_mesh(axis_type)):
     model = Partly()
     optimizer = Optimizer(model, make_tx("mechanic"))
     graphdef, state = nnx.split((model, optimizer))
@@ -418,7 +415,7 @@ def test_a_model_that_is_annotated_in_part_compiles_once(axis_type):
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("name", ["dog", "schedule_free"])
 def test_what_is_evaluated_is_placed_as_what_is_trained(axis_type, name):
-  mesh = make_mesh(axis_type)
+  mesh = mixed_mesh(axis_type)
   with jax.set_mesh(mesh):
     spec = NamedSharding(mesh, P("model", None))
     params = {"w": jax.device_put(jnp.eye(8), spec)}
@@ -458,7 +455,7 @@ def test_axes_of_both_types_are_the_partitioner_s():
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_state_of_shapes_says_where_the_arrays_will_be(offload):
-  sharding = NamedSharding(make_mesh(AxisType.Auto), P(None, "model"))
+  sharding = NamedSharding(mixed_mesh(AxisType.Auto), P(None, "model"))
   w = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)
   tx = make_tx("mechanic")
   state = TrainState.create(
@@ -484,7 +481,7 @@ def test_a_state_of_shapes_says_where_the_arrays_will_be(offload):
   ],
 )
 def test_split_over(shape, spec, axes, wanted):
-  devices = make_mesh(AxisType.Auto)
+  devices = mixed_mesh(AxisType.Auto)
   leaf = jax.ShapeDtypeStruct(
     shape, jnp.float32, sharding=NamedSharding(devices, spec)
   )
@@ -503,7 +500,7 @@ def test_a_tree_on_one_device_is_on_no_mesh():
 
 @pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw", "momo_adam"])
 def test_no_leaf_is_gathered_for_an_inner_product(name):
-  devices = make_mesh(AxisType.Auto)
+  devices = mixed_mesh(AxisType.Auto)
   specs = {"hidden": {"kernel": P("data", "model"), "bias": P()}, "head": P()}
   with jax.set_mesh(devices):
     params = place(network.params(), devices, specs)

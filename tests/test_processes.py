@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import pathlib
 import resource
@@ -16,6 +15,7 @@ import jax
 import pytest
 
 from flax_mechanic import UsageError
+from tests.test_train import metrics
 from train import flags, main, processes
 from train.processes import free_port
 
@@ -91,14 +91,6 @@ def run_alone(workdir, *arguments):
   with contextlib.redirect_stdout(io.StringIO()) as output:
     assert main.main([f"--workdir={workdir}", *with_every(arguments)]) == 0
   return output.getvalue()
-
-
-def metrics(workdir):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [
-    {k: v for k, v in json.loads(line).items() if k != "steps_per_second"}
-    for line in lines
-  ]
 
 
 def assert_same_run(found, wanted):

@@ -27,13 +27,13 @@ _RESTART = 50.0
 # smaller than the smallest of late; where gradients vanish bit by bit, as on
 # data that is memorized, none is.
 _LASTING = 25
+_RISE = 2.0
+_SMALL = 20.0
 # Fewer in a row are used if they are hardly spikes, at most so many times the
 # limit: an update may have led to a place with larger gradients, and only
 # gradients lead away from it. That is no lasting change.
 _SOON = 6
 _MODERATE = 1.5
-_RISE = 2.0
-_SMALL = 20.0
 # Where most gradients have vanished, as on data that is memorized, those of the
 # few examples that are still wrong look like spikes. After so many spikes, with
 # fewer than 64 other gradients to each, one is used if no part of it is larger

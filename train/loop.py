@@ -71,10 +71,7 @@ def train(
       writer = writers.make_writer(root, resume_step=start)
     overview, table = _overview(job, root / "parameters.txt")
     if jax.process_index() == 0:
-      files.write(root / "config.json", f"{saved_config}\n".encode())
-      files.write(root / "parameters.txt", table.encode())
-      for name, content in job.task.files.items():
-        files.write(root / name, content)
+      _write_files(job, root, saved_config, table)
     steps = range(start + 1, config.num_steps + 1)
     load = lambda step: job.train_batch(step - 1)
     with (
@@ -187,6 +184,14 @@ def _check_files(job: Job, root: Any) -> None:
         f"data and config make; type --config.data.{kept.stem}={kept}, or "
         "another --workdir"
       )
+
+
+def _write_files(job: Job, root: Any, config: str, table: str) -> None:
+  """Writes what a run keeps beside its metrics and checkpoints."""
+  files.write(root / "config.json", f"{config}\n".encode())
+  files.write(root / "parameters.txt", table.encode())
+  for name, content in job.task.files.items():
+    files.write(root / name, content)
 
 
 def _start(

@@ -7,6 +7,7 @@ import pathlib
 import re
 import sysconfig
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,51 @@ def _left_out(problems: Sequence[str]) -> str:
   return f"; left out: {', '.join(problems[:3])}{more}" if problems else ""
 
 
+def _check(config: ml_collections.ConfigDict) -> None:
+  """Raises a UsageError for a field of the job that is out of range."""
+  if config.sample_length < 0:
+    raise UsageError(
+      f"config.sample_length={config.sample_length} must be at least 0; type "
+      "--config.sample_length=0 for no text at the end"
+    )
+  if not 0 <= config.sample_temperature < math.inf:
+    raise UsageError(
+      f"config.sample_temperature={config.sample_temperature} must be a "
+      "finite number of at least 0; type --config.sample_temperature=0.8"
+    )
+  if config.data.eval_windows < 1:
+    raise UsageError(
+      f"config.data.eval_windows={config.data.eval_windows} leaves nothing to"
+      " evaluate; type --config.data.eval_windows=128"
+    )
+
+
+def _find(path: str) -> tuple[Any, Mapping[str, int], Sequence[str]]:
+  """Returns the folder of the text, its files, and why others are left out.
+
+  Args:
+    path: config.data.path.
+
+  Raises:
+    UsageError: there is no text.
+  """
+  if path:
+    folder = storage.path(path)
+    files, problems = corpus.find_text(folder)
+  else:
+    folder = pathlib.Path(sysconfig.get_path("stdlib"))
+    files, problems = corpus.find_text(folder, suffix=".py", skip=_NOT_STDLIB)
+  if not files:
+    what = f"holds no UTF-8 text{_left_out(problems)}"
+    if not folder.is_dir():
+      what = "is not a folder"
+    raise UsageError(
+      f"config.data.path={path!r}: {str(folder)!r}"
+      f" {what}; type --config.data.path=FOLDER, a folder of text files"
+    )
+  return folder, files, problems
+
+
 class Text:
   """Next-byte or, with config.data.tokenizer, next-token prediction.
 
@@ -97,21 +143,7 @@ class Text:
 
   def __init__(self, config: ml_collections.ConfigDict):
     self._kind = kinds.find_kind(config.model, _KINDS, "text")
-    if config.sample_length < 0:
-      raise UsageError(
-        f"config.sample_length={config.sample_length} must be at least 0; type "
-        "--config.sample_length=0 for no text at the end"
-      )
-    if not 0 <= config.sample_temperature < math.inf:
-      raise UsageError(
-        f"config.sample_temperature={config.sample_temperature} must be a "
-        "finite number of at least 0; type --config.sample_temperature=0.8"
-      )
-    if config.data.eval_windows < 1:
-      raise UsageError(
-        f"config.data.eval_windows={config.data.eval_windows} leaves nothing to"
-        " evaluate; type --config.data.eval_windows=128"
-      )
+    _check(config)
     self._config = config
     self._window = config.model.context_length + 1
     # Runs of earlier versions have neither field.
@@ -119,20 +151,7 @@ class Text:
     self._separate = config.data.get("separate_documents", False)
     # How many bytes a window takes, or is first looked for in.
     self._span = self._window * (_BYTES_A_TOKEN if tokenizer else 1)
-    if config.data.path:
-      folder = storage.path(config.data.path)
-      files, problems = corpus.find_text(folder)
-    else:
-      folder = pathlib.Path(sysconfig.get_path("stdlib"))
-      files, problems = corpus.find_text(folder, suffix=".py", skip=_NOT_STDLIB)
-    if not files:
-      what = f"holds no UTF-8 text{_left_out(problems)}"
-      if not folder.is_dir():
-        what = "is not a folder"
-      raise UsageError(
-        f"config.data.path={config.data.path!r}: {str(folder)!r}"
-        f" {what}; type --config.data.path=FOLDER, a folder of text files"
-      )
+    folder, files, problems = _find(config.data.path)
     train, held_out = corpus.split_by_file(files)
     self._train = corpus.Corpus(folder, train)
     self._held_out = corpus.Corpus(folder, held_out)

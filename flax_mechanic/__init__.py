@@ -4,6 +4,7 @@ Each room imports only from the rooms above it:
 
   errors, paths  the exception for bad input; names of leaves and parameters
   placement      where each leaf of a state is placed: `Shardings`
+  extra_args     which extra arguments an update takes
   mechanic       the algorithm: `mechanize`
   methods        the flag: the table of methods and what goes around them
   checkpoints    `Checkpointer`, and other runs' checkpoints as a start

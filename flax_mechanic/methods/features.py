@@ -1,4 +1,8 @@
-"""What the flag adds around any method: its rate, averaging, freezing."""
+"""What the flag adds around any method, and what it lends to a few.
+
+Around any: its rate, averages, accumulation, freezing. To a few: which
+parameters are matrices (`muon`), the Hessian's diagonal (`sophia`).
+"""
 
 import functools
 import re

@@ -211,8 +211,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   # "" for bytes; a tokenizer, as a JSON file of the library tokenizers; or a
   # number of tokens, such as 8000, of a byte-pair encoding of the text.
   config.data.tokenizer = ""
-  # Whether files are documents by themselves: nothing is predicted from another
-  # file, where a window has parts of several.
+  # Whether each file is its own document: in a window over several files,
+  # nothing is predicted from another one.
   config.data.separate_documents = False
   # Largest number of held-out windows of context_length tokens per evaluation.
   config.data.eval_windows = 128

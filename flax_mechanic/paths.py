@@ -41,10 +41,9 @@ def map_with_parameters(
 ) -> Any:
   """Maps `f(leaf, the parameter that it belongs to)` over an optimizer's state.
 
-  That is a parameter of its shape whose path is inside the leaf's own, or None.
-  Of several it is the one with which most leaves have the same names around
-  their parameters' paths, since what a state holds of one parameter it holds of
-  all; then the one with the longest path, then the one nearest to the leaf.
+  A leaf belongs to the parameter of its shape whose path is part of the leaf's,
+  or to None. Among several, the surrounding path that most leaves share wins,
+  then the longest parameter path, then the one nearest the end.
 
   Args:
     f: returns the new leaf.

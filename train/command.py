@@ -147,6 +147,6 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _unraisablehook(unraisable: Any) -> None:
-  # TensorStore's threads have more to tell to a loop that Orbax has closed.
+  # TensorStore's threads still report to an event loop that Orbax has closed.
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)

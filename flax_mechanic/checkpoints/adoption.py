@@ -1,6 +1,6 @@
 """Starts a run from another's checkpoint: one of ours, or a plain Orbax job's.
 
-Only names are asked of what was saved. A parameter is found by its path; a
+Only names in the checkpoint are relied on. A parameter is found by its path; a
 state of optax, such as Adam's count, mu and nu, by the names of its fields,
 wherever it is nested, so that Adam's moments are found under Mechanic.
 """

@@ -26,7 +26,7 @@ Descriptions = Mapping[str, Mapping[str, Any]]
 
 _T = TypeVar("_T")
 
-# More than what is all zeros shrinks by where Orbax compresses it: 2^15, zstd.
+# Above the largest compression ratio: zstd shrinks zeros 2^15 times.
 _RATIO = 2**16
 # What development versions of 0.1.0 called the dtype of a Python number.
 _FORMER_NUMBERS = {str(type(each)): each for each in (False, 0, 0.0)}
@@ -58,7 +58,7 @@ class SavedArrays:
     Raises:
       DamageError: they cannot be read.
     """
-    # Its annotations ask for etils' paths, and it takes pathlib's as well.
+    # Annotated for etils' paths, but accepts pathlib's.
     handler: Any = ocp.PyTreeCheckpointHandler()
     self._folder, self._name, self._handler = folder, name, handler
     self._tree: Any = read_on_all(

@@ -140,8 +140,8 @@ class Lease:
   The lock is the newest of some numbered objects. Each is created only if it is
   absent, which a bucket does atomically: the holder renews its lease by
   creating the next number, and a run that finds a lapsed one takes over in the
-  same way. Only one of them can succeed. That of a process of this machine has
-  lapsed once the process has ended.
+  same way. Only one of them can succeed. A lease held by a process of this
+  machine lapses as soon as that process ends.
   """
 
   def __init__(self, directory: str, files: Any):

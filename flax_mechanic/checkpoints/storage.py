@@ -1,7 +1,7 @@
 """Where a run's files are: in a folder on a disk, or in a bucket.
 
-A bucket has no rename, no lock and no append. What needs its own way there is
-here, in `Lease` and in the logs of `train`.
+A bucket has no rename, no lock and no append. What that changes is here, in
+`lock.Lease` and in `train.files`.
 """
 
 import contextlib

@@ -12,9 +12,10 @@ def without_empty_boxes(
 ) -> optax.GradientTransformationExtraArgs:
   """Takes each NNX variable without an array out of the state of `tx`.
 
-  `nnx.Optimizer` shows variables to `init` and none to `update` (flax 0.12), so
-  that a state which leaves a parameter out has its variable, around an
-  `optax.MaskedNode`. What lists a model's variables asks that for its shape.
+  `nnx.Optimizer` passes variables to `init` but arrays to `update` (flax 0.12).
+  A state that leaves a parameter out would keep its variable around an
+  `optax.MaskedNode`, and code that asks every variable for its shape would
+  fail.
 
   Args:
     tx: the transformation.

@@ -71,7 +71,7 @@ class Groups(NamedTuple):
       return treedef.unflatten([values] * len(self.of_leaf))
     # Indices that XLA does not see as constants: with them, leaves of one shape
     # share a kernel, which halves the time that XLA:CPU compiles (jax 0.12).
-    # Of a signed one jax would ask whether it counts from the end.
+    # Unsigned: for signed indices jax adds code that wraps negative ones.
     indices = jax.lax.optimization_barrier(
       [jnp.uint32(group) for group in range(self.size)]
     )

@@ -16,7 +16,8 @@ def _code(update: Any) -> CodeType | None:
 
 
 _NOTHING = optax.identity()
-# Those that may follow. What is masked acts on other leaves, as a rule.
+# Updates that may follow Mechanic. A masked one is assumed to act on other
+# leaves.
 _HARMLESS = (
   _code(_NOTHING.update),
   _code(optax.masked(_NOTHING, True).update),

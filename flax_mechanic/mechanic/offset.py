@@ -148,8 +148,8 @@ def reference_point(
   """
   replaced = lambda: jax.tree.map(lambda x, x0: x.astype(x0.dtype), params, x0)
   x0 = jax.lax.cond(first, replaced, lambda: x0)
-  # Without it XLA:TPU widens a low-precision x0 inside the conditional and
-  # writes it out in float32 (libtpu 0.0.51).
+  # Without the barrier XLA:TPU widens a low-precision x0 inside the conditional
+  # and writes it out in float32 (libtpu 0.0.51).
   return jax.lax.optimization_barrier(x0)
 
 

@@ -60,7 +60,8 @@ def inner_products(
   groups = groups or Groups.of("", x)
   leaves = list(zip(*map(jax.tree.leaves, (g, x, delta)), strict=True))
   placed, rest = _by_placement(x, shardings)
-  # The partitioner would gather what a CPU's variadic reductions read.
+  # On several devices the partitioner would gather the operands of a variadic
+  # reduction.
   alone = jax.device_count() == 1
   sum_rest = _sum_on_device if alone else _sum_one_by_one
   parts = [
@@ -130,7 +131,7 @@ def _sum_on_mesh(
   """Returns the sums over leaves of one mesh, whose specs are known."""
 
   def weight(spec: P) -> float:
-    # A device that holds what others hold too counts its share.
+    # Each replica of a leaf counts a fraction of it.
     axes = jax.tree.leaves(tuple(spec))
     return math.prod(mesh.shape[axis] for axis in axes) / mesh.size
 
@@ -207,7 +208,8 @@ def _row_sums(
       for i in (0, 1)
     )
     if len(products.pairs) == 1:
-      # XLA:CPU fuses what several operands are made of, not one (jax 0.12).
+      # XLA:CPU fuses the producers of a reduce only if it has several operands
+      # (jax 0.12).
       sums.append((operator.add(*_reduce((*even, *odd), [1, 2])),))
     else:
       sums.append(_reduce(map(operator.add, even, odd), [1, 2]))

@@ -351,7 +351,8 @@ class _Mechanic:
 
   def _learn(self, sums: Sequence[jax.Array], state: MechanicState) -> _Learned:
     """Judges a gradient and learns s from it, both by its inner products."""
-    # An infinite v stays infinite. This h is of sizes that have not changed.
+    # v is checked before it is stored, since an infinite v would stay so. This
+    # h assumes that sizes have not changed.
     h, *_ = self._h(sums, state, jnp.ones([]))
     v = jnp.max(state.v, -1) + jnp.square(h)
     verdict, known = sizes.judge(
@@ -359,14 +360,14 @@ class _Mechanic:
       sums[0],
       self.spike_factor,
       finite=jnp.all(jnp.isfinite(jnp.stack([*sums, v]))),
-      # An x0 of long ago, such as one of an adopted run, is no start.
+      # Only early in a run is x0 its start; an adopted run's is older.
       may_restart=state.count < sizes.YOUNG,
     )
     change = verdict.change[1:].reshape(state.scale.shape)
     h, s_init, memory = self._h(sums, state, change)
     tuned = self.tuner.update(state.tuner.resized(change), h, s_init)
-    # Without it XLA:CPU computes the scalars anew in each leaf's fusion (jax
-    # 0.12).
+    # Without the barrier XLA:CPU computes the scalars anew in each leaf's
+    # fusion (jax 0.12).
     ok, restart, forget, S = jax.lax.optimization_barrier(
       (
         verdict.ok,

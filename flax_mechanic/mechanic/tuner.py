@@ -92,7 +92,7 @@ class Tuner(NamedTuple):
       dtype: of the state.
     """
     full = lambda value: jnp.full([*shape, len(self.betas)], value, dtype)
-    # With a floor, an |h| of 1e-6 that never occurred would set the scale.
+    # With a floor, m_0 = 1e-6 would act as an |h| that never occurred.
     m_0 = 0.0 if self.floor else self.rule.m_0
     s_1 = full(self.rule.s_1) * jnp.asarray(s_init, dtype)
     return TunerState(r=full(0.0), m=full(m_0), v=full(0.0), s=s_1)
@@ -112,7 +112,7 @@ class Tuner(NamedTuple):
     """
     n, rule = len(self.betas), self.rule
     h = h[..., None]
-    # Of as many axes, for jobs that have jax raise where it would add some.
+    # The rank of h, for jobs with jax_numpy_rank_promotion='raise'.
     beta = jnp.asarray(self.betas, h.dtype).reshape((1,) * (h.ndim - 1) + (n,))
     s_init = jnp.asarray(s_init, h.dtype)[..., None]
 

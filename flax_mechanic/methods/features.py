@@ -424,7 +424,8 @@ def accumulate(
     return AccumulatedState(steps.init(params), jnp.zeros([], jnp.float32))
 
   def update(updates, state, params=None, *, grad_fn=None, **extra_args):
-    # A conditional's arguments are arrays.
+    # MultiSteps updates inside a conditional, whose operands must be arrays, so
+    # grad_fn is bound outside.
     given = {} if grad_fn is None else {"grad_fn": grad_fn}
     bound = functools.partial(tx.update, **given)
     steps = optax.MultiSteps(

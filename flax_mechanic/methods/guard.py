@@ -59,8 +59,8 @@ def guard(
       g, g, g, jnp.float32, shardings, groups=groups, pairs=("gg",)
     )
     verdict, known = sizes.judge(state.sizes, squares)
-    # Without it XLA:CPU computes the scalars anew in each leaf's fusion (jax
-    # 0.12).
+    # Without the barrier XLA:CPU computes the scalars anew in each leaf's
+    # fusion (jax 0.12).
     ok, restart = jax.lax.optimization_barrier((verdict.ok, verdict.restart))
     accept = lambda new, old: jnp.where(ok, new, old)
     moved, inner_state = held_update(

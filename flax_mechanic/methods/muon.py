@@ -179,7 +179,7 @@ def _fold(
 
   Args:
     leaf: a matrix or a stack.
-    numbers: its.
+    numbers: which of its axes are rows and columns.
     split: for each of its axes, the mesh's axes that split it.
     devices: how many will share the rows.
   """

@@ -62,9 +62,9 @@ def in_float32(
 ) -> optax.GradientTransformation:
   """Hands `tx` gradients of float32 or wider, and returns them as they were.
 
-  What clips squares float16 in float16 (optax 0.2.8), where a norm above 256 is
-  infinite and the clipped gradient 0; in bfloat16 the norm is rounded by up to
-  0.4%, and by that the clipped one is too large.
+  optax's clipping squares float16 gradients in float16 (0.2.8): a norm above
+  256 overflows and the clipped gradient is 0. In bfloat16 the norm is rounded
+  by up to 0.4%, so the clipped gradient may be that much too large.
   """
 
   def update(updates, state, params=None):

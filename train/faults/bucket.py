@@ -51,9 +51,9 @@ class Bucket(NamedTuple):
   def fail(self, share: float = 1.0, status: int = 503) -> None:
     """Has a share of the requests fail from now on.
 
-    Of those that fail with 5xx, half are carried out, and the answer is lost.
-    Parts of a resumable upload are not, as the emulator would not know of a
-    finished one, of which a bucket says again that it is.
+    Of the requests that fail with 5xx, half are carried out and their answer is
+    lost. Parts of a resumable upload never are: a bucket confirms a finished
+    upload again, and the emulator has forgotten it.
     """
     self._control({"share": share, "status": status})
 

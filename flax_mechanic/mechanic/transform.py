@@ -487,7 +487,7 @@ def _check_numbers(**values: Any) -> None:
 def _checked_betas(betas: Any, num_betas: Any) -> Sequence[float]:
   """Returns the betas, or those that `num_betas` stands for."""
   if betas is None:
-    # The next one rounds to 1.
+    # In float64 the next one rounds to 1; in float32, those from the eighth on.
     if not isinstance(num_betas, int | np.integer) or not 1 <= num_betas <= 16:
       raise ValueError(
         f"num_betas={num_betas} must be a whole number from 1 to 16"

@@ -324,7 +324,9 @@ def test_a_tuner_that_does_not_fit_restarts(run, tx, moments):
   [
     ("opt.mechanic.groups", "kernel", True),
     ("opt.mechanic.base", "yogi", True),
+    ("opt.mechanic.variant", "pytorch", True),
     ("opt.mechanic.eps", 1e-9, False),
+    ("accumulate_steps", 2, False),
     ("optimizer", "schedule_free", False),
   ],
 )

@@ -269,12 +269,15 @@ def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
     ("adam", "optimizer", "yogi"),
     ("mechanic", "opt.mechanic.base", "yogi"),
     ("mechanic", "opt.mechanic.groups", "kernel$"),
+    ("mechanic", "opt.mechanic.variant", "pytorch"),
+    ("adamw", "accumulate_steps", 4),
   ],
 )
 def test_arrays_that_mean_something_else_do_not_fit(
   tmp_path, optimizer, field, value
 ):
   config = add_optimizer_config(ConfigDict(), optimizer)
+  config.accumulate_steps = 2
   state = {"mu": jnp.ones(2)}
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, state, config=config)
@@ -286,6 +289,15 @@ def test_arrays_that_mean_something_else_do_not_fit(
     with pytest.raises(UsageError, match=re.escape(sentence)):
       checkpointer.restore(state, config=config)
     checkpointer.restore(state, config=config, part=True)
+
+
+def test_a_config_without_accumulate_steps_has_one_batch_per_update(tmp_path):
+  make = lambda **fields: ConfigDict({"optimizer": "adamw", **fields})
+  with Checkpointer(tmp_path) as checkpointer:
+    for step, saved in enumerate(({}, {"accumulate_steps": 1})):
+      checkpointer.save(step, ONES, config=make(**saved))
+      for present in ({}, {"accumulate_steps": 1}, {"accumulate_steps": None}):
+        checkpointer.restore(ONES, config=make(**present))
 
 
 def test_a_step_that_is_not_there_is_named(tmp_path):

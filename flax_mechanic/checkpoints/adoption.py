@@ -114,8 +114,8 @@ def adopt(
     new: paths, such as "head/kernel", of parameters that the folder may lack;
       those that it lacks stay as they are in `params`.
     config: the new run's, to be compared with one that `Checkpointer` saved:
-      the tuner restarts if its `groups` or its base are others. Without it,
-      that is told by shapes and the names of fields alone.
+      the tuner restarts if its `groups`, `variant` or base are others. Without
+      it, that is told by shapes and the names of fields alone.
 
   Returns:
     The parameters, the state over them, and notes on both.

@@ -246,7 +246,8 @@ class Checkpointer:
         aside with a warning: their folders are renamed to damaged_STEP, or
         marked in a bucket.
       config: the run's present config, to be compared with the saved one.
-        Another optimizer, base or `groups` does not fit.
+        Another optimizer, base, `groups`, `variant` of Mechanic or
+        `accumulate_steps` does not fit.
       part: whether `target` may be a part of what was saved. Nothing else is
         read then, or verified.
 

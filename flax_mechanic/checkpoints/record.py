@@ -134,29 +134,36 @@ def meaning(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the fields that say what an optimizer's state means.
 
   Moments of two optimizers may have the same names and shapes, and so may the
-  scales of other groups.
+  scales of other groups. A schedule counts updates, each of so many batches.
 
   Args:
     config: field -> value, as `flat_config` returns it.
 
   Returns:
-    Field -> value: of each method in use, the outermost first, how it groups
-    the parameters and which one it wraps.
+    Field -> value: the batches per update, if there are several; of each method
+    in use, the outermost first, how it groups the parameters and by which rule
+    it tunes them, and which one it wraps.
   """
   found: dict[str, Any] = {}
-  field = "optimizer"
+  batches, field = config.get("accumulate_steps"), "optimizer"
+  if field in config and batches not in (None, 1):
+    found["accumulate_steps"] = batches
   while field in config and field not in found:
     name = found[field] = config[field]
-    groups, field = f"opt.{name}.groups", f"opt.{name}.base"
+    groups, variant = f"opt.{name}.groups", f"opt.{name}.variant"
     if groups in config:
-      found[groups] = config[groups]
+      found |= {
+        each: config[each] for each in (groups, variant) if each in config
+      }
+    field = f"opt.{name}.base"
   return found
 
 
 def same_tuner(saved: Mapping[str, Any], present: Mapping[str, Any]) -> bool:
   """Whether two configs, as far as they tell, learn the same scales.
 
-  That is for the same groups over the same base, whatever is around the tuner.
+  That is for the same groups, by the same rule and over the same base, whatever
+  is around the tuner.
   """
 
   def learned_for(config):

@@ -1,6 +1,7 @@
 """Bad gradients: what is told from good ones, and that it changes nothing."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -509,25 +510,42 @@ def test_mechanic_without_the_guard_takes_spikes():
 
 @pytest.fixture
 def bad_job(monkeypatch):
-  """A config of a job whose loss is NaN in every batch."""
-  loss = Digits.loss
+  """A function: steps -> a config of a job whose loss is NaN in them."""
+  loss, train_batch = Digits.loss, Digits.train_batch
+  bad_steps = set()
+
+  def batch(task, step, rows=slice(None)):
+    found = train_batch(task, step, rows)
+    if step + 1 in bad_steps:
+      found["label"] = np.full_like(found["label"], 255)
+    return found
 
   def bad(task, model, batch):
     value, metrics = loss(task, model, batch)
-    return value * jnp.nan, metrics
+    return value * jnp.where(batch["label"][0] == 255, jnp.nan, 1.0), metrics
+
+  def make(steps, **fields):
+    bad_steps.update(steps)
+    config = digits.get_config("mlp")
+    config.update({"num_steps": 12, **fields})
+    config.model.widths = (8,)
+    config.schedule.warmup_steps = 1
+    return config
 
   monkeypatch.setattr(Digits, "loss", bad)
-  config = digits.get_config("mlp")
-  config.model.widths = (8,)
-  config.num_steps = 12
-  config.schedule.warmup_steps = 1
-  return config
+  monkeypatch.setattr(Digits, "train_batch", batch)
+  return make
+
+
+def saved_steps(workdir):
+  return sorted(int(each.name) for each in workdir.glob("checkpoints/[0-9]*"))
 
 
 def test_a_run_whose_gradients_are_all_bad_ends(bad_job, tmp_path, capsys):
-  bad_job.max_skipped_in_a_row = 6
-  with pytest.raises(UsageError, match="step 6: the last 6 gradients were"):
-    loop.train(bad_job, tmp_path)
+  config = bad_job(range(1, 13), max_skipped_in_a_row=6, checkpoint_every=2)
+  sentence = "step 6: the last 6 gradients were.* same command starts again"
+  with pytest.raises(UsageError, match=sentence):
+    loop.train(config, tmp_path)
   told = [
     line.partition(":")[0]
     for line in capsys.readouterr().out.splitlines()
@@ -537,16 +555,58 @@ def test_a_run_whose_gradients_are_all_bad_ends(bad_job, tmp_path, capsys):
 
 
 def test_a_run_may_skip_any_number(bad_job, tmp_path, capsys):
-  bad_job.max_skipped_in_a_row, bad_job.num_steps = 0, 8
-  # The loss of the evaluation is NaN as well.
-  with pytest.raises(UsageError, match="eval/loss is nan at step 8"):
-    loop.train(bad_job, tmp_path)
+  config = bad_job(range(1, 9), max_skipped_in_a_row=0, num_steps=8)
+  loop.train(config, tmp_path)
   assert "step 8: skipped" in capsys.readouterr().out
+  assert saved_steps(tmp_path) == [8]
+
+
+def test_a_checkpoint_waits_for_a_gradient_that_is_accepted(tmp_path, bad_job):
+  config = bad_job([4, 5, 8], checkpoint_every=4, checkpoint_keep=9)
+  expected = loop.train(config, tmp_path)
+  assert saved_steps(tmp_path) == [7, 10, 12]
+  for step in (10, 12):
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
+  assert loop.train(config, tmp_path) == expected
+  assert saved_steps(tmp_path) == [7, 10, 12]
+
+
+def test_a_checkpoint_is_saved_if_every_other_gradient_is_skipped(
+  tmp_path, bad_job
+):
+  loop.train(bad_job([2, 4, 6, 8], num_steps=9, checkpoint_every=4), tmp_path)
+  assert saved_steps(tmp_path) == [6, 9]
+
+
+@pytest.mark.parametrize("last", [9, 40])
+def test_a_run_of_bad_gradients_resumes_from_before(
+  tmp_path, monkeypatch, bad_job, last
+):
+  config = bad_job(
+    range(4, 41),
+    num_steps=last,
+    max_skipped_in_a_row=6,
+    checkpoint_every=1,
+    checkpoint_keep=2,
+  )
+  for _ in range(2):
+    sentence = "step 9: the last 6 gradients.* same command resumes at step 3;"
+    with pytest.raises(UsageError, match=sentence):
+      loop.train(config, tmp_path)
+    assert saved_steps(tmp_path) == [2, 3]
+  # One that is stopped within them is saved there, and has as many left.
+  with monkeypatch.context() as patch:
+    agreed = lambda _, step: step == 7
+    patch.setattr(loop.processes.Stop, "agreed", agreed)
+    loop.train(config, tmp_path)
+  config.num_steps = 40
+  with pytest.raises(UsageError, match=r"step 13: the last 6.* at step 7;"):
+    loop.train(config, tmp_path)
 
 
 def test_what_was_skipped_before_a_resume_is_not_told_again():
   known = sizes.init(1, jnp.float32)._replace(skipped=jnp.int32(3))
-  skips = loop._Skips({"optimizer": {"opt_state": known}}, 0)
+  skips = loop._Skips({"optimizer": {"opt_state": known}}, 0, 4)
   at = lambda skipped: {"skipped": skipped, "skipped_in_a_row": 1}
   told = [list(skips.told(5 + i, at(n))) for i, n in enumerate((3, 4, 4))]
   assert told[:2] == [[], []]

@@ -84,7 +84,7 @@ def train(
       for text in (job.task.description, _where(job), overview, *notes):
         progress.print(text)
       clock = _Clock(start)
-      skips = _Skips(state, config.max_skipped_in_a_row)
+      skips = _Skips(state, config.max_skipped_in_a_row, start)
       evaluation = {}
       for step, batch in zip(steps, batches, strict=True):
         state, metrics = job.train_step(state, batch)
@@ -104,7 +104,10 @@ def train(
           best_so_far = checkpointer.is_best(evaluation)
         if news:
           progress.update(step, news)
-        due = step % config.checkpoint_every == 0
+        due = skips.allow(step % config.checkpoint_every == 0, metrics)
+        if last:
+          for text in skips.told(step + 1, {}):
+            progress.print(text)
         if last or stopped or due or best_so_far:
           # A run that resumes here keeps the lines so far.
           writer.flush()
@@ -114,12 +117,11 @@ def train(
             config=config,
             metrics=_floats(metrics) | news,
           )
+          skips.saved = step
         if stopped and not last:
           checkpointer.wait()
           progress.print(f"stopped at step {step}; the same command resumes")
           return evaluation
-      for text in skips.told(config.num_steps + 1, {}):
-        progress.print(text)
       evaluation = evaluation or _evaluate(job, state)
       report = job.report(state)
       if report:
@@ -250,18 +252,27 @@ def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
 
 
 class _Skips:
-  """Tells of skipped gradients, and ends a run of nothing else."""
+  """Tells of skipped gradients, and ends a run of nothing else.
 
-  def __init__(self, state: nnx.State, most: int):
+  Attributes:
+    saved: the newest step that was saved, 0 for none.
+  """
+
+  def __init__(self, state: nnx.State, most: int, saved: int):
     """Reads what was skipped before the first step.
 
     Args:
       state: of the job.
-      most: how many may be skipped in a row, 0 for any number.
+      most: how many may be skipped in a row, 0 for any number. Those before
+        the first step do not count.
+      saved: the newest step that was saved, 0 for none.
     """
+    self.saved = saved
     scalars = flax_mechanic.scalars(state["optimizer"]["opt_state"])
     self._skipped = int(scalars.get("skipped", 0))
+    self._in_a_row = self._before = int(scalars.get("skipped_in_a_row", 0))
     self._most = most
+    self._waits = False
     self._step_before: tuple[int, Mapping[str, jax.Array]] | None = None
 
   def told(self, step: int, metrics: Mapping[str, jax.Array]) -> Iterator[str]:
@@ -276,25 +287,48 @@ class _Skips:
     step, metrics = before or (0, {})
     if "skipped" not in metrics:
       return
+    self._in_a_row = in_a_row = int(metrics["skipped_in_a_row"])
+    self._before = min(self._before, in_a_row)
     skipped = int(metrics["skipped"])
     if skipped == self._skipped:
       return
     self._skipped = skipped
-    in_a_row = int(metrics["skipped_in_a_row"])
     if in_a_row.bit_count() == 1:  # Of many in a row, ever fewer are told.
       row = f", {in_a_row} in a row" if in_a_row > 1 else ""
       yield (
         f"step {step}: skipped a gradient that is not finite or far larger "
         f"than usual ({skipped} so far{row})"
       )
-    if 0 < self._most <= in_a_row:
-      raise UsageError(
-        f"step {step}: the last {in_a_row} gradients were skipped, since they "
-        "were not finite or far larger than usual, so the run cannot go on; "
-        "its checkpoints are from before; look for what is wrong with the data "
-        "or the loss, or take a smaller --config.learning_rate, and the same "
-        "command resumes"
+    since = in_a_row - self._before
+    if 0 < self._most <= since:
+      again = (
+        f"resumes at step {self.saved}; if the parameters were bad by then, "
+        "take another --workdir"
+        if self.saved
+        else "starts again, since no checkpoint was saved"
       )
+      raise UsageError(
+        f"step {step}: the last {since} gradients were skipped, since they "
+        "were not finite or far larger than usual, so the run cannot go on; "
+        "look for what is wrong with the data or the loss, or take a smaller "
+        f"--config.learning_rate, and the same command {again}"
+      )
+
+  def allow(self, due: bool, metrics: Mapping[str, jax.Array]) -> bool:
+    """Whether a periodic save takes place after this step.
+
+    One that is due in a row of skipped gradients waits for one that is
+    accepted. Otherwise the steps that are kept would soon all be of that row.
+
+    Args:
+      due: whether one is due at this step, for whose metrics it then waits.
+      metrics: of this step.
+    """
+    allowed = self._waits and self._in_a_row == 0
+    if due and not allowed:
+      allowed = int(metrics.get("skipped_in_a_row", 0)) == 0
+    self._waits = (due or self._waits) and not allowed
+    return allowed
 
 
 class _Clock:

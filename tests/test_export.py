@@ -1,5 +1,6 @@
 """`train.init_from` and `train.export`: the job's way in and out."""
 
+import json
 import shutil
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from test_faults import tamper
 from test_train import make_config, metrics
 
+from flax_mechanic import Checkpointer
 from flax_mechanic.paths import by_path
 from train import export, loop
 from train.job import make_job
@@ -73,6 +75,30 @@ def test_a_run_that_started_from_another_resumes(source, tmp_path, capsys):
   loop.train(make_config(**fields | {"num_steps": 20}), tmp_path / "run")
   assert "at step 10" in capsys.readouterr().out
   assert metrics(tmp_path / "run")[-1]["step"] == 20
+
+
+def test_a_run_with_checkpoints_starts_from_no_other(source, tmp_path, capsys):
+  def resume(run, num_steps, **fields):
+    fields |= {"num_steps": num_steps, "schedule__warmup_steps": 0}
+    loop.train(make_config(**fields), tmp_path / run)
+    told = capsys.readouterr().out.splitlines()
+    with Checkpointer(tmp_path / run / "checkpoints", read_only=True) as saved:
+      config = saved.read(num_steps)["config"]
+    beside = json.loads((tmp_path / run / "config.json").read_text())
+    assert beside["init_from"] == config["init_from"]
+    return config["init_from"], [each for each in told if "init_" in each]
+
+  new = {"init_from": str(source), "init_params_only": True}
+  assert resume("adopted", 2, **new) == (str(source), [])
+  # Leaving it out changes nothing.
+  assert resume("adopted", 3) == (str(source), [])
+  assert resume("new", 2) == ("", [])
+  origin, (note,) = resume("new", 3, **new)
+  assert origin == ""
+  assert note == (
+    "config.init_from has no effect: the run resumes at step 2; to start from "
+    "another run, take another --workdir"
+  )
 
 
 def test_only_parameters(source, tmp_path, capsys):

@@ -22,6 +22,9 @@ from train.fields import check_fields
 from train.job import Job, make_job
 from train.progress import Progress
 
+# What only a new run reads.
+_ORIGIN = ("init_from", "init_params_only")
+
 
 def train(
   config: ConfigDict,
@@ -54,8 +57,7 @@ def train(
   _check_apart(config, root)
   job = make_job(config)
   _check_best(job, config.checkpoint_best)
-  saved_config = config.to_json_best_effort(indent=2)
-  processes.check_agreement(saved_config, root)
+  processes.check_agreement(config.to_json_best_effort(), root)
   _check_files(job, root)
   with (
     jax.set_mesh(job.mesh),
@@ -66,12 +68,12 @@ def train(
       best=config.checkpoint_best,
     ) as checkpointer,
   ):
-    start, state, notes = _start(job, checkpointer, config)
+    start, state, notes, config = _start(job, checkpointer, config)
     if writer is None:
       writer = writers.make_writer(root, resume_step=start)
     overview, table = _overview(job, root / "parameters.txt")
     if jax.process_index() == 0:
-      _write_files(job, root, saved_config, table)
+      _write_files(job, root, config.to_json_best_effort(indent=2), table)
     steps = range(start + 1, config.num_steps + 1)
     load = lambda step: job.train_batch(step - 1)
     with (
@@ -198,26 +200,38 @@ def _write_files(job: Job, root: Any, config: str, table: str) -> None:
 
 def _start(
   job: Job, checkpointer: flax_mechanic.Checkpointer, config: ConfigDict
-) -> tuple[int, nnx.State, Sequence[str]]:
-  """Returns the step, the state and notes of a new or resumed run."""
+) -> tuple[int, nnx.State, Sequence[str], ConfigDict]:
+  """Returns the step, the state and notes of a new or resumed run.
+
+  Also returns the config to save: a resumed run's with where it once started.
+  """
   if checkpointer.latest() is None and config.init_from:
-    return 0, *job.init_from(config.init_from, config.init_params_only)
+    start = job.init_from(config.init_from, config.init_params_only)
+    return 0, *start, config
   if checkpointer.latest() is None:
-    return 0, job.create(), []
+    return 0, job.create(), [], config
   restored = checkpointer.restore(job.target, config=config)
   notes = list(restored.damaged)
   notes += [f"resuming {checkpointer.directory} at step {restored.step}"]
+  origin = {k: v for k, v in restored.changed.items() if k in _ORIGIN}
+  notes += [
+    f"config.{field} has no effect: the run resumes at step {restored.step}; "
+    "to start from another run, take another --workdir"
+    for field in [field for field, (_, new) in origin.items() if new][:1]
+  ]
+  config = config.copy_and_resolve_references()
+  config.update({k: old for k, (old, _) in origin.items() if old is not None})
   unused = _unused(config)
   notes += [
     f"config.{field} was {old!r} and is now {new!r}"
     for field, (old, new) in restored.changed.items()
-    if not field.startswith(unused)
+    if field not in origin and not field.startswith(unused)
   ]
   notes += [
     f"{name} was {old} when step {restored.step} was saved and is now {new}"
     for name, (old, new) in restored.versions.items()
   ]
-  return restored.step, restored.state, notes
+  return restored.step, restored.state, notes, config
 
 
 def _hparams(config: ConfigDict) -> dict[str, Any]:

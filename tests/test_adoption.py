@@ -1,6 +1,7 @@
 """Another run's checkpoint as the start: ours, or a plain Orbax job's."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -531,6 +532,33 @@ def test_a_step_under_another_name(tmp_path):
   for folder in ("run", "run/9"):
     with pytest.raises(UsageError, match="9 was saved as step 7; rename the"):
       load_params(tmp_path / folder, w)
+
+
+def test_a_folder_of_runs_is_refused(tmp_path):
+  w = {"w": jnp.arange(3.0)}
+  for name in ("sgd", "adamw_1", "adamw_2", "lion"):
+    with Checkpointer(tmp_path / name / "checkpoints") as checkpointer:
+      checkpointer.save(7, w)
+  # A folder beside them, such as what was exported of one.
+  save_standard(tmp_path / "model", w)
+  sentence = (
+    f"{tmp_path} is a folder of runs, adamw_1, adamw_2, lion and 1 more; name "
+    f"one of them, such as {tmp_path}/adamw_1, or another folder in it"
+  )
+  with pytest.raises(UsageError, match=f"^{re.escape(sentence)}$"):
+    load_params(tmp_path, w)
+
+
+def test_the_folder_that_is_taken_is_named(tmp_path):
+  models = {"one": {"v": jnp.ones(2)}, "other": {"w": jnp.arange(3.0)}}
+  for name, params in models.items():
+    save_standard(tmp_path / "models" / name, params)
+  with ocp.CheckpointManager(tmp_path / "steps") as manager:
+    items = {k: ocp.args.StandardSave(item) for k, item in models.items()}
+    manager.save(1, args=ocp.args.Composite(**items))
+  for folder, taken in (("models", "models/other"), ("steps", "steps/1")):
+    adopted = adopt(tmp_path / folder, models["other"], optax.sgd(1.0).init)
+    assert adopted.notes[0] == f"starting from {tmp_path / taken}"
 
 
 def test_a_text_among_the_arrays(tmp_path):

@@ -115,6 +115,9 @@ def test_parameters_are_loaded_and_a_run_is_adopted(bucket, folder):
   np.testing.assert_array_equal(loaded["w"], TREE["params"]["w"])
   adopted = flax_mechanic.adopt(folder, zeros, optax.sgd(1.0).init)
   assert adopted.notes[0] == f"starting from {folder}/checkpoints/1"
+  save(f"{folder}/runs/adamw/checkpoints", (1,))
+  with pytest.raises(UsageError, match=f"such as {folder}/runs/adamw, or"):
+    flax_mechanic.load_params(f"{folder}/runs", zeros)
 
 
 def test_a_bucket_that_cannot_be_used_is_no_damage(bucket, folder, monkeypatch):

@@ -135,8 +135,8 @@ def adopt(
     'taken from its optimizer: trace'
   """
   saved = _Checkpoint(directory)
-  params, missing = _load_params(saved, params, new)
-  notes = [f"starting from {saved.name}"]
+  params, missing, where = _load_params(saved, params, new)
+  notes = [f"starting from {where}"]
   if missing:
     notes.append(f"not in it, and new: {len(missing)} parameters")
   opt_state = init(params)
@@ -163,11 +163,11 @@ class _Checkpoint:
     given = storage.path(directory)
     if not storage.is_bucket(given):
       given = given.absolute()
-    self.name, folders = _find(given)
+    self.name, self._folders = _find(given)
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.config: Mapping[str, Any] = {}
     self._items: list[_Item] = []
-    for name, folder in folders.items():
+    for name, folder in self._folders.items():
       with _advice():
         arrays = SavedArrays(folder, self.name)
         record = _record(folder, self.name)
@@ -200,6 +200,13 @@ class _Checkpoint:
         for each, path in paths.items()
       }
     return loaded
+
+  def where(self, prefix: str) -> str:
+    """Returns the folder of the tree at a prefix, a step or one alone."""
+    folder = self._folders.get(prefix.partition("/")[0])
+    if folder is None or _is_step(folder.parent):
+      return self.name
+    return str(folder)
 
 
 class _Item(NamedTuple):
@@ -263,11 +270,17 @@ def _find(given: Any) -> tuple[str, dict[str, Any]]:
     return _find(given / "checkpoints")
   if (given / "_METADATA").is_file():
     return str(given), {"": given}
+  runs = [each.parent for each in given.glob("*/checkpoints") if each.is_dir()]
+  if runs and not _is_step(given):
+    names = sorted(run.name for run in runs)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise UsageError(
+      f"{given} is a folder of runs, {', '.join(names[:3])}{more}; name one of "
+      f"them, such as {given / names[0]}, or another folder in it"
+    )
   items = {each.parent.name: each.parent for each in given.glob("*/_METADATA")}
-  # A folder of steps of one item each looks the same, but Orbax describes it
-  # nowhere.
-  is_step = (given / "_CHECKPOINT_METADATA").is_file()
-  if items and (is_step or not any(map(_is_numbered, items))):
+  # A folder of steps of one item each looks the same, but is not described.
+  if items and (_is_step(given) or not any(map(_is_numbered, items))):
     return str(given), items
   saved = [
     each
@@ -290,6 +303,11 @@ def _find(given: Any) -> tuple[str, dict[str, Any]]:
   return _find(max(steps, key=lambda step: int(step.name.split("_")[-1])))
 
 
+def _is_step(folder: Any) -> bool:
+  """Whether Orbax describes a folder as one step."""
+  return (folder / "_CHECKPOINT_METADATA").is_file()
+
+
 def _is_numbered(name: str) -> bool:
   """Whether a folder's name is a step's, such as "12" or "checkpoint_12"."""
   return bool(re.fullmatch(r"(.*_)?\d+", name))
@@ -297,8 +315,10 @@ def _is_numbered(name: str) -> bool:
 
 def _load_params(
   saved: _Checkpoint, params: optax.Params, new: Collection[str] = ()
-) -> tuple[optax.Params, Sequence[str]]:
-  """Returns the parameters, and the paths of those that were not saved."""
+) -> tuple[optax.Params, Sequence[str], str]:
+  """Returns the parameters, the paths of those that were not saved, and the
+  folder of the others.
+  """
   wanted = by_path(params, _name)
   prefix = _prefix(saved, [path for path in wanted if path not in new])
   missing = [path for path in wanted if prefix + path not in saved.shapes]
@@ -318,7 +338,7 @@ def _load_params(
   found = jax.tree_util.tree_map_with_path(
     lambda path, leaf: loaded.get(prefix + _name(path), leaf), params
   )
-  return found, missing
+  return found, missing, saved.where(prefix)
 
 
 def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:

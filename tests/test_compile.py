@@ -102,6 +102,8 @@ def test_what_stands_beside_the_job_s_optimizer(optimizer, base, names):
     ([CONFIG], "--topology is missing; type --topology=v5e:16x16"),
     ([CONFIG, "--topology=v7:2"], "--topology=v7:2 is unknown; type"),
     ([CONFIG, "--topology=v5e:2"], "--topology=v5e:2 is unknown; type"),
+    ([CONFIG, "--topology=cpu:0"], "--topology=cpu:0 is unknown; type"),
+    ([CONFIG, "--topology=v5e:0x4"], "--topology=v5e:0x4 is unknown; type"),
     ([CONFIG, "--topology=v5e:2x2", "--num_slices=0"], "is no number of sli"),
     ([CONFIG, "--topology=cpu:8", "--num_slices=2"], "leave --num_slices out"),
     ([CONFIG, "--topolgy=cpu:8"], "did you mean --topology?"),

@@ -41,7 +41,9 @@ from train.tables import format_table
 
 # GiB of HBM a chip.
 _HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-_FORMAT = re.compile(r"(cpu):(\d+)|(v4|v5e|v5p|v6e):(\d+(?:x\d+)+)")
+_FORMAT = re.compile(
+  r"(cpu):([1-9]\d*)|(v4|v5e|v5p|v6e):([1-9]\d*(?:x[1-9]\d*)+)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -58,6 +58,8 @@ def job(tmp_path, monkeypatch):
   (tmp_path / "configs/wants.py").write_text("def get_config(size):\n  ...\n")
   (tmp_path / "configs/broken.py").write_text("def get_config():\n  1 / 0\n")
   (tmp_path / "file").write_text("")
+  (tmp_path / "link").symlink_to("nothing")
+  (tmp_path / "file_link").symlink_to("file")
   monkeypatch.chdir(tmp_path)
   calls = []
   loop = types.SimpleNamespace(train=lambda *args: calls.append(args))
@@ -291,7 +293,17 @@ def test_bad_config(job, capsys, config, sentence):
   ("workdir", "sentence"),
   [
     ("", "--workdir is missing; type --workdir=/tmp/digits"),
-    ("file", "--workdir=file cannot be written: File exists"),
+    ("file", "--workdir=file cannot be written: file is no folder"),
+    (
+      "file_link",
+      "--workdir=file_link cannot be written: file_link is no folder",
+    ),
+    ("link", "--workdir=link cannot be written: link is a link to nothing"),
+    ("link/x", "--workdir=link/x cannot be written: link is a link to nothing"),
+    (
+      "/dev/null",
+      "--workdir=/dev/null cannot be written: /dev/null is no folder",
+    ),
     ("file/x", "--workdir=file/x cannot be written: Not a directory"),
     (
       "ftp://host/x",

@@ -372,6 +372,10 @@ def check_writable(folder: Path, given: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
       pass
+  except FileExistsError as error:
+    name = error.filename
+    what = "no folder" if Path(name).exists() else "a link to nothing"
+    raise UsageError(f"{given} cannot be written: {name} is {what}") from None
   except OSError as error:
     raise UsageError(f"{given} cannot be written: {error.strerror}") from None
 

@@ -288,6 +288,10 @@ def test_the_readme_lists_every_optimizer():
   [
     ({"num_steps": 0}, r"config\.num_steps=0 must be at least 1"),
     ({"accumulate_steps": 0}, r"config\.accumulate_steps=0 must be at least 1"),
+    (
+      {"accumulate_steps": 50},
+      r"config\.num_steps=30 must be at least config\.accumulate_steps=50",
+    ),
     ({"eval_every": -1}, r"config\.eval_every=-1 must be at least 1"),
     ({"num_steps": 10**20}, r"config\.num_steps=1\d* must be .* below \d+"),
     (

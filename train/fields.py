@@ -45,6 +45,12 @@ def check_fields(config: ConfigDict) -> None:
         f"config.{field}={config[field]} must be at least {low}, and below "
         f"{limit}"
       )
+  if config.num_steps < config.accumulate_steps:
+    raise UsageError(
+      f"config.num_steps={config.num_steps} must be at least "
+      f"config.accumulate_steps={config.accumulate_steps}, the batches of one "
+      "update"
+    )
 
 
 def _check_types(config: Any, expected: ConfigDict, path: str) -> None:

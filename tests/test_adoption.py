@@ -1,5 +1,7 @@
 """Another run's checkpoint as the start: ours, or a plain Orbax job's."""
 
+import contextlib
+import functools
 import json
 import re
 import shutil
@@ -13,6 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training import checkpoints, train_state
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from optax import contrib
 
@@ -516,6 +520,27 @@ def test_a_damaged_array_is_named(run, tmp_path):
   path.write_text(path.read_text()[1:])
   with pytest.raises(UsageError, match=r"/20 cannot be read .*; name the"):
     load_params(folder, saved.params)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+@pytest.mark.parametrize("spec", [P("x"), P()])
+def test_parameters_that_are_not_finite_are_named(tmp_path, value, spec):
+  sharding = NamedSharding(Mesh(jax.devices(), "x"), spec)
+  params = {
+    "hidden": jnp.ones(8, jnp.bfloat16),
+    "head": jnp.arange(8.0).at[5].set(value),
+    "index": jnp.arange(8),
+  }
+  save_standard(tmp_path / "run", params)
+  wanted = jax.tree.map(
+    lambda x: jax.device_put(jnp.zeros_like(x), sharding), params
+  )
+  sentence = f"array head of {tmp_path}/run is not finite, .* of another step"
+  set_mesh = functools.partial(jax.set_mesh, sharding.mesh)
+  for context in (contextlib.nullcontext, set_mesh):
+    with context(), pytest.raises(UsageError, match=sentence):
+      adopt(tmp_path / "run", wanted, optax.sgd(1.0).init)
+  assert_same(load_params(tmp_path / "run", wanted), params)
 
 
 def test_a_step_under_another_name(tmp_path):

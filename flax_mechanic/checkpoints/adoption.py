@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from flax_mechanic.checkpoints import record as record_lib
 from flax_mechanic.checkpoints import storage
@@ -26,6 +29,7 @@ from flax_mechanic.checkpoints.arrays import (
 from flax_mechanic.checkpoints.renamed import TUNER, former, is_size
 from flax_mechanic.errors import UsageError
 from flax_mechanic.paths import by_path, leaf_path
+from flax_mechanic.placement import on_device
 
 _OFFSETS = ("x0", "delta")
 # How prefixes of parameters usually end.
@@ -121,7 +125,7 @@ def adopt(
     The parameters, the state over them, and notes on both.
 
   Raises:
-    UsageError: as `load_params`.
+    UsageError: as `load_params`; or a parameter is not finite.
 
   Example:
     >>> import tempfile
@@ -136,6 +140,7 @@ def adopt(
   """
   saved = _Checkpoint(directory)
   params, missing, where = _load_params(saved, params, new)
+  _check_finite(params, where)
   notes = [f"starting from {where}"]
   if missing:
     notes.append(f"not in it, and new: {len(missing)} parameters")
@@ -339,6 +344,38 @@ def _load_params(
     lambda path, leaf: loaded.get(prefix + _name(path), leaf), params
   )
   return found, missing, saved.where(prefix)
+
+
+def _check_finite(params: optax.Params, where: str) -> None:
+  """Raises a UsageError, on all processes alike, for a NaN or an Inf."""
+  leaves = by_path(params, _name)
+  # Device -> its part of each array. No program has a collective.
+  parts: dict[Any, dict[str, jax.Array]] = {}
+  for path, leaf in leaves.items():
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+      for each in leaf.addressable_shards:
+        if each.replica_id == 0:
+          parts.setdefault(each.device, {})[path] = on_device(each.data)
+  finite = dict.fromkeys(leaves, True)
+  for device, arrays in parts.items():
+    with jax.set_mesh(Mesh([device], ("device",))):  # A job may have set its.
+      found = jax.device_get(_finite(arrays))
+    finite |= {path: finite[path] and bool(ok) for path, ok in found.items()}
+  votes = np.reshape(
+    multihost_utils.process_allgather(np.array([*finite.values()])),
+    (-1, len(finite)),
+  )
+  for path, ok in zip(finite, votes.all(0), strict=True):
+    if not ok:
+      raise UsageError(
+        f"array {path} of {where} is not finite, so the run had diverged by "
+        "then; name the folder of another step"
+      )
+
+
+@jax.jit
+def _finite(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {path: jnp.isfinite(each).all() for path, each in arrays.items()}
 
 
 def _prefix(saved: _Checkpoint, wanted: Collection[str]) -> str:

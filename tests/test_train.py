@@ -19,6 +19,7 @@ from flax_mechanic.checkpoints import record
 from tests import optimizers
 from train import job as job_lib
 from train import loop
+from train.fields import check_fields
 from train.job import make_job
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -321,6 +322,16 @@ def test_bad_values_end_before_anything_is_written(tmp_path, fields, words):
     loop.train(make_config(**fields), tmp_path)
   assert "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [None, False, True])
+def test_a_field_whose_default_is_none_takes_its_type(value):
+  config = make_config(guard=value)
+  check_fields(config)
+  with config.ignore_type():
+    config.guard = 1
+  with pytest.raises(UsageError, match=r"guard is of type int; .* type bool$"):
+    check_fields(config)
 
 
 @pytest.mark.parametrize("path", ["eval_every", "mesh.fsdp", "opt"])

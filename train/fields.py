@@ -62,11 +62,14 @@ def _check_types(config: Any, expected: ConfigDict, path: str) -> None:
         "configs.default.get_config(), and leave the field there"
       )
     value = config[name]
-    kind = type(example)
+    kind = expected.get_type(name)
+    if value is None and example is None:
+      continue
     if not isinstance(value, _ACCEPTED.get(kind, kind)) or (
       isinstance(value, bool) and kind is not bool
     ):
-      such = "" if kind is ConfigDict else f", such as {example!r}"
+      has_example = kind is not ConfigDict and example is not None
+      such = f", such as {example!r}" if has_example else ""
       raise UsageError(
         f"{field} is of type {type(value).__name__}; it must be of type "
         f"{kind.__name__}{such}"

@@ -1,5 +1,6 @@
 """`Checkpointer`: what is saved comes back, and what does not fit is named."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -405,13 +406,17 @@ def test_a_cast_that_loses_something_is_refused(
   assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
-def test_integers_that_a_cast_would_change_are_refused(tmp_path):
+@pytest.mark.parametrize("is_set", [False, True])
+def test_integers_that_a_cast_would_change_are_refused(tmp_path, is_set):
   mesh = jax.make_mesh((8,), ("data",))
   place = lambda array: jax.device_put(
     array, jax.NamedSharding(mesh, jax.P("data"))
   )
   saved = place(jnp.full(8, 300).at[5].set(-1))
-  with Checkpointer(tmp_path) as checkpointer:
+  with (
+    jax.set_mesh(mesh) if is_set else contextlib.nullcontext(),
+    Checkpointer(tmp_path) as checkpointer,
+  ):
     checkpointer.save(1, {"n": saved})
     restore = lambda target: checkpointer.restore({"n": target}).state["n"]
     for dtype in ("int8", "uint8", "uint32"):

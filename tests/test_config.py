@@ -514,6 +514,37 @@ def test_an_unflipped_run_is_the_untouched_one_whatever_the_peak(name, peak):
     jax.tree.map(np.testing.assert_array_equal, mine, other)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+  "schedule",
+  [
+    optax.warmup_cosine_decay_schedule(0.0, 3e-3, 2, 5),
+    lambda count: 3e-3 / jnp.sqrt(1.0 + count),
+    None,
+  ],
+)
+def test_an_unflipped_run_is_the_untouched_one_in_every_dtype(dtype, schedule):
+  with jax.enable_x64(dtype == "float64"):
+    for name in ("adamw", "lars"):
+      theirs = getattr(optax, name)(schedule or 3e-3)
+      config = make_config(optimizer=name, learning_rate=3e-3)
+      ours = flax_mechanic.make_optimizer(config, schedule, peak=3e-3)
+      ends = [network.train(tx, 4, dtype)[0] for tx in (ours, theirs)]
+      jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_a_rate_that_is_set_is_used_in_every_dtype(x64):
+  tx = flax_mechanic.make_optimizer(
+    make_config(optimizer="sgd", learning_rate=3e-3, guard=False)
+  )
+  x = {"w": jnp.ones(2)}
+  state = optax.tree.set(tx.init(x), learning_rate=0.25)
+  updates, state = tx.update(x, state, x)
+  np.testing.assert_array_equal(updates["w"], -0.25 * x["w"])
+  rate = optax.tree.get(state, "learning_rate")
+  assert (rate, rate.dtype) == (0.25, jnp.float32)
+
+
 @pytest.mark.parametrize(
   ("name", "rate"), [("prodigy", 1.0), ("mechanic", 1.0), ("momo", 0.5)]
 )

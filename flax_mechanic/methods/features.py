@@ -23,6 +23,8 @@ from flax_mechanic.paths import matching, outermost, parameter_path
 def injected(
   build: Callable[[jax.Array], optax.GradientTransformation],
   learning_rate: float | optax.Schedule,
+  *,
+  rounds: bool,
 ) -> optax.GradientTransformationExtraArgs:
   """Keeps the learning rate in the state, where it can be read and set.
 
@@ -33,34 +35,54 @@ def injected(
   The extra argument `rate_factor` multiplies the rate of one update.
 
   Args:
-    build: learning rate, a float32 scalar -> the transformation.
+    build: learning rate, a float scalar -> the transformation.
     learning_rate: update count -> learning rate; or the first value of one that
       remains until it is set.
+    rounds: whether the rate is rounded to the updates' dtype, as optax rounds a
+      schedule's, so that the updates are optax's bit for bit. Otherwise it is
+      float32, and widens updates that are narrower.
   """
+  in_float32 = lambda value: jnp.asarray(value, jnp.float32)
 
   def rate(count: jax.Array, kept: Any) -> jax.Array:
-    value = learning_rate(count) if callable(learning_rate) else kept
-    return jnp.asarray(value, jnp.float32)
+    if callable(learning_rate):
+      return jnp.asarray(learning_rate(count)) * 1.0  # It may be an integer.
+    # With 64 bits, the number itself until another one is set.
+    exact, kept = jnp.asarray(learning_rate, float), in_float32(kept)
+    is_kept = kept == in_float32(learning_rate)
+    return jnp.where(is_kept, exact, kept.astype(exact.dtype))
+
+  def given(value: jax.Array) -> jax.Array:
+    return _weak(value) if rounds else in_float32(value)
 
   def init(params):
     count = jnp.zeros([], jnp.int32)
     value = rate(count, learning_rate)
+    inner_state = build(given(value)).init(params)
     return InjectStatefulHyperparamsState(
-      count, {"learning_rate": value}, {}, build(value).init(params)
+      count, {"learning_rate": in_float32(value)}, {}, inner_state
     )
 
   def update(updates, state, params=None, *, rate_factor=1.0, **extra_args):
     value = rate(state.count, state.hyperparams["learning_rate"])
-    tx = optax.with_extra_args_support(build(value * rate_factor))
+    factor = jnp.asarray(rate_factor, value.dtype)
+    tx = optax.with_extra_args_support(build(given(value * factor)))
     updates, inner_state = tx.update(
       updates, state.inner_state, params, **extra_args
     )
     count = jnp.asarray(optax.safe_increment(state.count))
     return updates, InjectStatefulHyperparamsState(
-      count, {"learning_rate": value}, {}, inner_state
+      count, {"learning_rate": in_float32(value)}, {}, inner_state
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _weak(value: jax.Array) -> jax.Array:
+  """Returns a scalar that takes the dtype of what it multiplies."""
+  return jax.lax.convert_element_type_p.bind(
+    value, new_dtype=value.dtype, weak_type=True, sharding=None
+  )
 
 
 def reduce_on_plateau(

@@ -157,7 +157,7 @@ def register(
 
   Args:
     name: the value of `config.optimizer` that selects it.
-    build: `build(learning_rate, **options)`, where `learning_rate` is a float32
+    build: `build(learning_rate, **options)`, where `learning_rate` is a float
       scalar; or, if `options` has a `base`, `build(base, learning_rate,
       **options)`, where `learning_rate` is a schedule.
     options: option -> default, or -> type where the default is None; by default

@@ -362,6 +362,8 @@ def _build_innermost(
   _build_row(row, 1.0, **options)  # A bad option raises here, not in `init`.
   return repairs.box_what_fits(
     features.injected(
-      lambda learning_rate: row.build(learning_rate, **options), learning_rate
+      lambda learning_rate: row.build(learning_rate, **options),
+      learning_rate,
+      rounds=row.tuned,
     )
   )

@@ -74,7 +74,12 @@ class Optimizer(nnx.Optimizer):
         mesh and not annotated, and so do not say.
       graph: as in `nnx.Optimizer`, whether the model may share variables. None
         is flax's setting.
+
+    Raises:
+      UsageError: `tx` is no transformation, or a parameter holds several
+        arrays.
     """
+    step.check_transformation(tx)
     super().__init__(model, optax.identity(), wrt=wrt, graph=graph)
     self.tx = tx
     params = nnx.state(model, wrt, graph=graph)
@@ -165,11 +170,16 @@ class Optimizer(nnx.Optimizer):
       batch of the loss and of aux's scalars.
 
     Raises:
-      UsageError: the loss changes an NNX object that is none of its arguments,
-        or is a module's bound method. Or the method wants a gradient per
-        example, and the model keeps batch statistics or the loss updates
-        `nnx.metrics.Welford`.
+      UsageError: the loss comes first, changes an NNX object that is none of
+        its arguments, or is a module's bound method. Or the method wants a
+        gradient per example, and the model keeps batch statistics or the loss
+        updates `nnx.metrics.Welford`.
     """
+    if not callable(loss_fn) or _is_function(model):
+      raise UsageError(
+        "minimize takes the model first, and then the loss; type "
+        "optimizer.minimize(model, loss_fn, batch)"
+      )
     if isinstance(getattr(loss_fn, "__self__", None), nnx.Pytree):
       raise UsageError(
         "the loss is a bound method, whose object minimize does not see; make "
@@ -366,6 +376,14 @@ def _with_nodes(tree: Any, nodes: Sequence[Any]) -> Any:
     tree,
     is_leaf=is_node,
   )
+
+
+def _is_function(model: Any) -> bool:
+  """Whether something is called, and holds no variables that are known."""
+  is_tree = graphlib.is_graph_node(model) or not jax.tree_util.all_leaves(
+    [model]
+  )
+  return callable(model) and not is_tree
 
 
 def _check_per_example(model: nnx.Module, nodes: Sequence[Any]) -> None:

@@ -22,6 +22,17 @@ LossFn = Callable[..., tuple[jax.Array, tuple[Any, Any]]]
 AxisName = str | tuple[str, ...]
 
 
+def check_transformation(tx: Any) -> None:
+  """Raises for what is no transformation, such as `optax.adamw` uncalled."""
+  if not all(hasattr(tx, name) for name in ("init", "update")):
+    what = getattr(tx, "__name__", type(tx).__name__)
+    raise UsageError(
+      f"tx={what} is not a transformation; type "
+      "tx=flax_mechanic.make_optimizer(config), or one of optax's with its "
+      "arguments, such as tx=optax.adamw(1e-3)"
+    )
+
+
 def value_and_grad(
   loss_fn: LossFn, axis_name: AxisName | None
 ) -> Callable[..., Any]:

@@ -69,7 +69,11 @@ class TrainState(train_state.TrainState, kw_only=True):
         pinned host memory. An update brings them to the devices and back.
       **fields: the fields that a subclass adds, and `shardings`, those of the
         parameters where they are traced and so do not say.
+
+    Raises:
+      UsageError: `tx` is no transformation.
     """
+    step.check_transformation(tx)
     shardings = fields.setdefault("shardings", Shardings.of(params))
     of_state = shardings.for_state(shard_over, offload)
     of_state = _of_trained(of_state, params)
@@ -145,10 +149,16 @@ class TrainState(train_state.TrainState, kw_only=True):
       the batch of the loss and of aux's scalars.
 
     Raises:
-      UsageError: the method wants a gradient per example, and aux holds batch
-        statistics, or there is a `dynamic_scale`, or fp8's statistics are among
-        the parameters. Or the loss is averaged already, under `shard_map`.
+      UsageError: the loss does not come first. The method wants a gradient per
+        example, and aux holds batch statistics, or there is a `dynamic_scale`,
+        or fp8's statistics are among the parameters. Or the loss is averaged
+        already, under `shard_map`.
     """
+    if not callable(loss_fn):
+      raise UsageError(
+        "minimize takes the loss first, and then its arguments after the "
+        "parameters; type state.minimize(loss_fn, batch)"
+      )
     if "per_example" in stack.needs(self.tx):
       self._check_per_example()
 

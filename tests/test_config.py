@@ -363,14 +363,17 @@ def test_sgd_without_momentum_says_none():
   assert not optax.tree.get_all_with_path(tx.init(network.params()), "trace")
 
 
-def test_a_dataclass_needs_but_the_optimizer():
-  alone = dataclasses.make_dataclass("Alone", [("optimizer", str)], slots=True)
-  config = make_config(optimizer="mechanic")
-  ours, theirs = map(flax_mechanic.make_optimizer, (alone("mechanic"), config))
+ALONE = dataclasses.make_dataclass("Alone", [("optimizer", str)], slots=True)
+
+
+@pytest.mark.parametrize("kind", [ALONE, dict])
+def test_a_config_of_another_kind_needs_but_the_optimizer(kind):
+  configs = kind(optimizer="mechanic"), make_config(optimizer="mechanic")
+  ours, theirs = map(flax_mechanic.make_optimizer, configs)
   np.testing.assert_array_equal(
     network.train(ours, 3)[2], network.train(theirs, 3)[2]
   )
-  assert flax_mechanic.own_schedule(alone("dog")) == "constant"
+  assert flax_mechanic.own_schedule(kind(optimizer="dog")) == "constant"
 
 
 @dataclasses.dataclass
@@ -493,6 +496,31 @@ def test_bad_dataclasses_are_one_sentence(config, words):
   with pytest.raises(UsageError, match=words) as error:
     flax_mechanic.make_optimizer(config)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "options", "words"),
+  [
+    (
+      (1e-3,),
+      {},
+      "schedule=0.001 must be a function of the update count, such",
+    ),
+    ((), {"peak": "0.1"}, "peak='0.1' must be the largest value of the sched"),
+    ((), {"peak": np.ones(2)}, "peak=array.* must be the largest value"),
+  ],
+)
+def test_arguments_of_the_wrong_kind_are_named(arguments, options, words):
+  config = make_config(optimizer="mechanic")
+  with pytest.raises(UsageError, match=words) as error:
+    flax_mechanic.make_optimizer(config, *arguments, **options)
+  assert "\n" not in str(error.value)
+
+
+def test_fields_are_added_to_a_config_dict_alone():
+  words = r"an ml_collections\.ConfigDict, not a dict; .* ConfigDict\(config\)"
+  with pytest.raises(UsageError, match=words):
+    flax_mechanic.add_optimizer_config({"learning_rate": 0.1})
 
 
 @pytest.mark.parametrize(

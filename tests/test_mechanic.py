@@ -512,6 +512,7 @@ def test_betas_are_options():
     ({"num_betas": 20}, "num_betas=20 must be a whole number from 1 to 16"),
     ({"num_betas": 2.5}, "num_betas=2.5 must be a whole number"),
     ({"groups": 3}, "groups=3 must be a regular expression"),
+    ({"schedule": 1.0}, "schedule=1.0 must be the base's schedule, a function"),
   ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

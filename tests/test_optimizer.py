@@ -185,3 +185,23 @@ def test_a_parameter_that_holds_several_arrays_is_refused():
   model = nnx.Dict({"w": nnx.Param({"a": jnp.ones(2), "b": jnp.ones(2)})})
   with pytest.raises(UsageError, match="the parameter w holds a dict; give"):
     flax_mechanic.Optimizer(model, optax.adam(0.1))
+
+
+@pytest.mark.parametrize(
+  ("tx", "name"), [(optax.adamw, "adamw"), (ConfigDict(), "ConfigDict")]
+)
+def test_what_is_no_transformation_is_refused(tx, name):
+  words = rf"tx={name} is not a transformation; type tx=.*optax\.adamw\(1e-3\)"
+  with pytest.raises(UsageError, match=words):
+    flax_mechanic.Optimizer(Model(nnx.Rngs(0)), tx)
+  with pytest.raises(UsageError, match=words):
+    flax_mechanic.TrainState.create(apply_fn=None, params={}, tx=tx)
+
+
+def test_a_loss_in_the_place_of_the_model_is_refused():
+  model = Model(nnx.Rngs(0))
+  optimizer = flax_mechanic.Optimizer(model, optax.sgd(0.1))
+  words = r"type optimizer\.minimize\(model, loss_fn, batch\)"
+  for given in ((loss_fn, model), (model, batch(0), loss_fn)):
+    with pytest.raises(UsageError, match=words):
+      optimizer.minimize(*given, batch(0))

@@ -107,7 +107,8 @@ def test_a_gradient_of_the_whole_batch_is_not_one_per_example():
   tx = build("dpsgd")
   in_part = params | {"a": jnp.ones((8, 8, 3))}
   for grads in (params, in_part):
-    with pytest.raises(ValueError, match="needs a gradient for each example"):
+    words = "needs a gradient for each example: .* leave the chain out"
+    with pytest.raises(ValueError, match=words):
       tx.update(grads, tx.init(params), params)
 
 

@@ -104,6 +104,11 @@ def test_the_fields_of_a_subclass_are_those_it_has_in_flax():
       create(cls, stats=0)
 
 
+def test_a_batch_in_the_place_of_the_loss_is_refused():
+  with pytest.raises(UsageError, match=r"type state\.minimize\(loss_fn, batch"):
+    create(OURS).minimize(jnp.ones(2), network.loss)
+
+
 def test_flax_s_fields_are_positional():
   fields = 1, None, network.params(), TX, TX.init(network.params())
   for base in (flax_mechanic.TrainState, train_state.TrainState):

@@ -215,7 +215,7 @@ def mechanize(
     spike_factor=spike_factor,
     relative_s_init=relative_s_init,
   )
-  _check_options(variant, x0_dtype, groups)
+  _check_options(variant, x0_dtype, groups, schedule)
   off = isinstance(relative_s_init, _Real) and relative_s_init == 0
   rho = None if off else relative_s_init
   mechanic = _Mechanic(
@@ -504,7 +504,9 @@ def _checked_betas(betas: Any, num_betas: Any) -> Sequence[float]:
   return given
 
 
-def _check_options(variant: str, x0_dtype: Any, groups: Any) -> None:
+def _check_options(
+  variant: str, x0_dtype: Any, groups: Any, schedule: Any
+) -> None:
   if variant not in RULES:
     raise ValueError(
       f"variant={variant!r} is not one of {', '.join(map(repr, RULES))}"
@@ -525,6 +527,11 @@ def _check_options(variant: str, x0_dtype: Any, groups: Any) -> None:
     raise ValueError(
       f"groups={groups!r} must be a regular expression, such as '.*', or a "
       "function of a path"
+    )
+  if schedule is not None and not callable(schedule):
+    raise ValueError(
+      f"schedule={schedule!r} must be the base's schedule, a function of the "
+      "update count; leave it out where the base has none"
     )
 
 

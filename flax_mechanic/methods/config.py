@@ -5,6 +5,7 @@ import inspect
 import math
 import numbers
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -70,8 +71,8 @@ def add_optimizer_config(
     `config`.
 
   Raises:
-    UsageError: a field exists already, `optimizer` is unknown, or an old flag
-      is missing or has no meaning.
+    UsageError: `config` is of another kind, a field exists already, `optimizer`
+      is unknown, or an old flag is missing or has no meaning.
 
   Example:
     >>> config = ConfigDict({"learning_rate": 1e-3, "weight_decay": 0.1})
@@ -79,6 +80,12 @@ def add_optimizer_config(
     >>> config.opt.mechanic.base, config.opt.adamw.weight_decay
     ('adamw', 0.1)
   """
+  if not isinstance(config, ConfigDict):
+    raise UsageError(
+      f"add_optimizer_config takes an ml_collections.ConfigDict, not a "
+      f"{type(config).__name__}; make one of it, as in ConfigDict(config), or "
+      "pass a config of another kind to make_optimizer as it is"
+    )
   present = config.get("optimizer")
   if not isinstance(present, str | None):
     raise UsageError(
@@ -130,9 +137,9 @@ def make_optimizer(
   """Returns the optax transformation that the config names.
 
   Args:
-    config: a config that went through `add_optimizer_config`; or any object,
-      such as a dataclass, with a field `optimizer`. Its other fields are
-      optional: `learning_rate`, `grad_clip`, `accumulate_steps`, `guard`,
+    config: a config that went through `add_optimizer_config`; or a dict or any
+      object, such as a dataclass, with a field `optimizer`. Its other fields
+      are optional: `learning_rate`, `grad_clip`, `accumulate_steps`, `guard`,
       `freeze`, `no_decay`, and `opt`, a dict or a dataclass, name -> option ->
       value. `opt.<name>.learning_rate` takes the place of `learning_rate` for
       that optimizer. A field that is missing or None has its default. The
@@ -169,7 +176,7 @@ def make_optimizer(
     ...   optimizer: str = "mechanic"
     >>> tx = make_optimizer(Config(), optax.cosine_decay_schedule(1.0, 100))
   """
-  renaming = _renaming(old_flags)
+  config, renaming = _readable(config), _renaming(old_flags)
   for old, new in renaming.items():
     present = getattr(config, old, None) is not None
     _check_old_flag(old, present, new, _names(config))
@@ -203,10 +210,16 @@ def _learning_rate(
     schedule: the job's, or None.
     peak: the schedule's, or None.
   """
-  if peak is not None and not 0 < peak < math.inf:
+  if schedule is not None and not callable(schedule):
     raise UsageError(
-      f"peak={peak} must be the largest value of the schedule, a finite number "
-      "above 0"
+      f"schedule={schedule!r} must be a function of the update count, such as "
+      "optax.constant_schedule(1.0); a constant learning rate goes into "
+      "config.learning_rate, without a schedule"
+    )
+  if peak is not None and not _is_positive(peak):
+    raise UsageError(
+      f"peak={peak!r} must be the largest value of the schedule, a finite "
+      "number above 0"
     )
   untouched = peak is not None and all(row.tuned for row in rows)
   own = stack.own_rate(rows, options)
@@ -223,6 +236,14 @@ def _learning_rate(
   if peak is None:
     return lambda count: rate * schedule(count)
   return lambda count: rate * (schedule(count) / peak)
+
+
+def _is_positive(number: Any) -> bool:
+  """Whether something is a finite number above 0."""
+  try:
+    return bool(0 < number < math.inf)
+  except (TypeError, ValueError):  # A text, or an array of several numbers.
+    return False
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
@@ -272,8 +293,15 @@ def own_schedule(config: Any) -> str:
     >>> own_schedule(add_optimizer_config(ConfigDict(), "dog"))
     'constant'
   """
-  rows, _ = _stack(config, {})
+  rows, _ = _stack(_readable(config), {})
   return stack.schedule_name(rows)
+
+
+def _readable(config: Any) -> Any:
+  """Returns a config whose fields are attributes."""
+  if isinstance(config, Mapping) and not isinstance(config, ConfigDict):
+    return types.SimpleNamespace(**config)
+  return config
 
 
 def _renaming(

@@ -316,7 +316,9 @@ class _Update:
         # Optax would take the rows of a kernel for examples.
         raise ValueError(
           "this optimizer needs a gradient for each example: call minimize, or "
-          "update with gradients that have the batch for a first axis"
+          "update with gradients that have the batch for a first axis; within "
+          "optax.chain minimize does not see what it needs, so leave the chain "
+          "out"
         )
     if "grad_fn" not in self.needs:
       # MultiSteps and conditionals pass on arrays only, and it is none.

@@ -80,6 +80,7 @@ def injected(
 
 def _weak(value: jax.Array) -> jax.Array:
   """Returns a scalar that takes the dtype of what it multiplies."""
+  # No public function of jax makes an array weakly typed (0.12).
   return jax.lax.convert_element_type_p.bind(
     value, new_dtype=value.dtype, weak_type=True, sharding=None
   )

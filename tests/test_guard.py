@@ -327,6 +327,15 @@ def test_bad_gradients_change_nothing(name):
   assert not any(jax.tree.leaves(changed))
 
 
+def test_dtypes_need_no_promotion():
+  tx = guard(optax.sgd(0.1))
+  for dtype in (jnp.float32, jnp.bfloat16):
+    params = network.params(dtype)
+    with jax.numpy_dtype_promotion("strict"):
+      state = jax.eval_shape(tx.init, params)
+      jax.eval_shape(tx.update, params, state, params)
+
+
 def test_schedules_follow_the_job_s_steps():
   state, step = make_run("adamw")
   for factor in (1.0, np.nan, np.nan):

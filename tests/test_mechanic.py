@@ -642,6 +642,24 @@ def test_ranks_need_no_promotion(groups):
     jax.eval_shape(tx.update, params, state, params)
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"groups": ".*", "relative_s_init": 0.01, "mean_decay": True},
+    {"variant": "pytorch"},
+    {"schedule": optax.linear_schedule(1.0, 0.0, 9)},
+  ],
+)
+def test_dtypes_need_no_promotion(options):
+  base = optax.sgd(options.get("schedule", 1.0), momentum=0.9)
+  tx = mechanize(base, **options)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    params = network.params(dtype)
+    with jax.numpy_dtype_promotion("strict"):
+      state = jax.eval_shape(tx.init, params)
+      jax.eval_shape(tx.update, params, state, params)
+
+
 def test_parameters_may_be_numbers():
   params = {"a": 1.0, "b": -2.0}
   grad = jax.grad(lambda p: jnp.square(p["a"] - 3) + jnp.square(p["b"]))

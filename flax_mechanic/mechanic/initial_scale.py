@@ -51,5 +51,6 @@ def measure(
   moved = S * jnp.sqrt(delta_squared) > _MEASURABLE * x_norm
   measurable = begun & moved
   measured = jnp.where(measurable, smallest, previous)
-  rising = s_init * jnp.minimum(10.0**count, _MAX_RISE)
+  rise = jax.lax.pow(jnp.asarray(10.0), count)
+  rising = s_init * jnp.minimum(rise, _MAX_RISE)
   return measured, jnp.where(measured > 0, measured, rising)

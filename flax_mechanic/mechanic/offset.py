@@ -186,4 +186,5 @@ def advance(
 
 def widen(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Returns x in `dtype`, or in its own dtype if that is wider or complex."""
-  return x.astype(jnp.promote_types(x.dtype, dtype))
+  with jax.numpy_dtype_promotion("standard"):
+    return x.astype(jnp.promote_types(x.dtype, dtype))

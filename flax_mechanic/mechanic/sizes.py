@@ -148,13 +148,14 @@ def judge(
   judged = finite & (norm > 0) & (jnp.asarray(factor) > 0)
   after_bad = jnp.where(state.skipped_in_a_row > 0, _AFTER_BAD, jnp.inf)
   allowed = jnp.full_like(norms, _OF_PART).at[0].set(1.0) * state.peak
-  limits = jnp.minimum(factor, after_bad) * (1 + jnp.abs(state.young)) * allowed
+  leeway = (1 + jnp.abs(state.young)).astype(norms.dtype)
+  limits = jnp.minimum(factor, after_bad) * leeway * allowed
   is_spike = judged & jnp.any(
     (state.peak > 0) & (norms > limits) & (norms > _PART * peak)
   )
   spikes = jnp.where(
     is_spike,
-    state.spikes + (state.skipped_in_a_row == 0),
+    state.spikes + (state.skipped_in_a_row == 0).astype(state.spikes.dtype),
     jnp.maximum(state.spikes - _OTHER, 0),
   )
   is_spike &= ~((spikes > _FAMILIAR) & jnp.all(norms <= state.largest))
@@ -207,7 +208,8 @@ def judge(
       finite, jnp.where(lasting | soon, 0, unusual), state.unusual
     ),
     spikes=jnp.where(lasting, 0.0, spikes),
-    young=state.young - (finite & (norm > 0)) * jnp.sign(state.young),
-    skipped=state.skipped + skipped,
+    young=state.young
+    - jnp.where(finite & (norm > 0), jnp.sign(state.young), 0),
+    skipped=state.skipped + skipped.astype(jnp.int32),
     skipped_in_a_row=jnp.where(skipped, state.skipped_in_a_row + 1, 0),
   )

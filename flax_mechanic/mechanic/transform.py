@@ -564,17 +564,17 @@ def _map(f: Callable[..., Any], params: optax.Params, *trees: Any) -> Any:
   return treedef.unflatten(list(map(f, leaves, *others)))
 
 
-def _mean(
-  mean: jax.Array, value: jax.Array, count: jax.typing.ArrayLike
-) -> jax.Array:
+def _mean(mean: jax.Array, value: jax.Array, count: jax.Array) -> jax.Array:
   """Returns a running mean that takes in a value with weight 1 / count.
 
   It starts with the first value that is not 0.
   """
-  return jnp.where(mean > 0, mean + (value - mean) / count, value)
+  weight = count.astype(value.dtype)
+  return jnp.where(mean > 0, mean + (value - mean) / weight, value)
 
 
 def _tuner_dtype(params: optax.Params) -> jnp.dtype:
   """Returns float32, or float64 if a leaf is that wide."""
   leaves = jax.tree.leaves(params)
-  return jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
+  with jax.numpy_dtype_promotion("standard"):
+    return jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype

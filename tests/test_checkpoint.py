@@ -259,9 +259,10 @@ def test_what_does_not_fit_is_named_with_the_option_that_changed(tmp_path):
         "shard_optimizer_state": True,
       }
     )
-    for config in (elsewhere, None):
-      with pytest.raises(UsageError, match="the config is the same"):
-        checkpointer.restore(abstract(width=9), config=config)
+    with pytest.raises(
+      UsageError, match=r"config is the same, .* --config\.in"
+    ):
+      checkpointer.restore(abstract(width=9), config=elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +440,17 @@ def test_what_cannot_be_opened_is_not_locked(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="as a test"):
       Checkpointer(tmp_path)
   Checkpointer(tmp_path).close()
+
+
+def test_what_does_not_fit_without_a_config_says_how_to_find_out(tmp_path):
+  words = (
+    r"restore\(\.\.\., config=config\) names the option; set it back, or carry "
+    "over what fits with the init_from of Optimizer or TrainState$"
+  )
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, {"n": jnp.ones(2)}, config=ConfigDict({"size": 2}))
+    with pytest.raises(UsageError, match=words):
+      checkpointer.restore({"n": jnp.ones(3)})
 
 
 THREEFRY, RBG, UNSAFE = (

@@ -404,7 +404,8 @@ class Checkpointer:
     if meaning and not differences and not part:
       differences = ["the optimizer's state means something else"]
       changed = {field: changed[field] for field in meaning}
-    self._check_fit(step, differences, _blame(changed, kinds.values()))
+    blame = _blame(changed, kinds.values(), config)
+    self._check_fit(step, differences, blame, config)
     if self._read_only:  # The target may be what the folder asks for.
       check_size(*self._folder(step), descriptions)
     found = self._arrays(step).read(
@@ -518,14 +519,19 @@ class Checkpointer:
     step: int,
     differences: Sequence[str],
     blame: str,
+    config: Any,
   ) -> None:
     if differences:
       more = len(differences) - 3
+      otherwise = (
+        "the init_from of Optimizer or TrainState"
+        if config is None
+        else f"another --workdir and --config.init_from={self.directory}"
+      )
       raise UsageError(
         f"step {step} in {self.directory} does not fit this run "
         f"({', '.join(differences[:3])}{f' and {more} more' * (more > 0)}): "
-        f"{blame}; set it back, or carry over what fits with another --workdir "
-        f"and --config.init_from={self.directory}"
+        f"{blame}; set it back, or carry over what fits with {otherwise}"
       )
 
 
@@ -588,13 +594,16 @@ def _fits(array: Any, dtype: Any) -> bool:
 
 
 def _blame(
-  changed: Mapping[str, tuple[Any, Any]], kinds: Iterable[tuple[str, str]]
+  changed: Mapping[str, tuple[Any, Any]],
+  kinds: Iterable[tuple[str, str]],
+  config: Any,
 ) -> str:
   """Says what may have changed the state.
 
   Args:
     changed: config field -> (saved, present value).
     kinds: saved and present dtypes that cannot be cast to each other.
+    config: the present one, or None.
   """
   for saved, present in kinds:
     if {saved, present} <= generators().keys():
@@ -602,6 +611,11 @@ def _blame(
         f"its random keys are of {generators()[saved]} and this run's of "
         f"{generators()[present]}, which JAX_DEFAULT_PRNG_IMPL chooses"
       )
+  if config is None:
+    return (
+      "the optimizer, the model or an option has changed, and "
+      "restore(..., config=config) names the option"
+    )
   return record_lib.blame(changed)
 
 

@@ -649,3 +649,38 @@ def test_parts_are_read_as_each_would_be_alone(name):
   masked = [optax.masked(tx, {"a": a, "b": not a}) for a in (True, False)]
   alike, _ = train(optax.chain(*masked), lambda tree: tree)
   assert_close(alike, found, 1e-6)
+
+
+@pytest.mark.parametrize(
+  "tx",
+  [
+    build("mechanic", SHAPE),
+    build("mechanic", **under("mechanic", groups=""), accumulate_steps=2),
+    optax.partition(
+      {"a": build("mechanic"), "b": build("prodigy")},
+      {"hidden": "a", "head": "b"},
+    ),
+    optax.chain(optax.clip(1.0), contrib.mechanize(optax.adamw(SHAPE))),
+  ],
+)
+def test_each_member_of_an_ensemble_is_read_alone(tx):
+  @jax.jit
+  def train(scale):
+    def step(_, carry):
+      x, state = carry
+      grads = jax.tree.map(lambda leaf: jnp.cos(scale * leaf), x)
+      updates, state = tx.update(grads, state, x)
+      return optax.apply_updates(x, updates), state
+
+    x = network.params()
+    return jax.lax.fori_loop(0, 6, step, (x, tx.init(x)))[1]
+
+  scales = jnp.asarray([0.1, 1.0, 3.0])
+  found = flax_mechanic.scalars(jax.vmap(train)(scales))
+  assert len(np.unique(found["mechanic/scale"])) == 3
+  alone = [flax_mechanic.scalars(train(scale)) for scale in scales]
+  stacked = jax.tree.map(lambda *each: np.stack(each), *alone)
+  assert {name: value.shape for name, value in found.items()} == {
+    name: value.shape for name, value in stacked.items()
+  }
+  assert_close(found, stacked, 1e-5)

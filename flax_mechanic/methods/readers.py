@@ -37,7 +37,8 @@ def scalars(opt_state: Any) -> Scalars:
     many were, and "skipped_in_a_row", how many since the last good one. Where
     `optax.partition` or `optax.masked` gives parts of the parameters an
     optimizer each, they are the means over the parts, but for ranges, the sum
-    of "skipped" and the largest "skipped_in_a_row".
+    of "skipped" and the largest "skipped_in_a_row". Of an ensemble, a state
+    that `jax.vmap` has made, each value has the members for an axis.
 
     The states of optax's own optimizers do not hold the schedule's value, so
     under `mechanize(optax.adamw(schedule))` it is left out of the product. It
@@ -152,7 +153,7 @@ def _over_parts(parts: Sequence[Scalars]) -> Scalars:
   names = {name: None for part in parts for name in part}
   values = {name: [p[name] for p in parts if name in p] for name in names}
   return {
-    name: _OVER_PARTS.get(name, jnp.mean)(jnp.stack(each))
+    name: _OVER_PARTS.get(name, jnp.mean)(jnp.stack(each), axis=0)
     if len(each) > 1
     else each[0]
     for name, each in values.items()
@@ -208,20 +209,22 @@ def skipped(state: Sizes) -> Scalars:
 
 def mechanic(state: MechanicState) -> Scalars:
   """Reads the learned scale: its mean and range over groups."""
-  scale = jnp.mean(state.scale)
+  # Axes in front of the groups' are an ensemble's.
+  groups = tuple(range(jnp.ndim(state.count), state.scale.ndim))
+  scale = jnp.mean(state.scale, groups)
   found = {
     "mechanic/scale": scale,
     "learning_rate": scale,
   }
-  if state.scale.ndim:
-    found["mechanic/scale_min"] = jnp.min(state.scale)
-    found["mechanic/scale_max"] = jnp.max(state.scale)
+  if groups:
+    found["mechanic/scale_min"] = jnp.min(state.scale, groups)
+    found["mechanic/scale_max"] = jnp.max(state.scale, groups)
   return found
 
 
 def optax_mechanic(state: contrib.MechanicState) -> Scalars:
   """Reads the learned scale of optax's own mechanize."""
-  scale = jnp.sum(state.s)
+  scale = jnp.sum(state.s, -1)
   return {"mechanic/scale": scale, "learning_rate": scale}
 
 

@@ -76,13 +76,15 @@ class Optimizer(nnx.Optimizer):
         is flax's setting.
 
     Raises:
-      UsageError: `tx` is no transformation, or a parameter holds several
-        arrays.
+      UsageError: `tx` is no transformation, `wrt` matches none of the model's
+        variables, or a parameter holds several arrays.
     """
     step.check_transformation(tx)
     super().__init__(model, optax.identity(), wrt=wrt, graph=graph)
     self.tx = tx
     params = nnx.state(model, wrt, graph=graph)
+    if not nnx.to_flat_state(params):
+      _check_empty(nnx.state(model, nnx.Not(nnx.RngState), graph=graph), wrt)
     self.shardings = nnx.static(shardings or _shardings(params))
     self.state_shardings = nnx.static(
       _annotated(self.shardings, params).for_state(shard_over, offload)
@@ -376,6 +378,17 @@ def _with_nodes(tree: Any, nodes: Sequence[Any]) -> Any:
     tree,
     is_leaf=is_node,
   )
+
+
+def _check_empty(state: nnx.State, wrt: filterlib.Filter) -> None:
+  """Raises where a model has variables, of which `wrt` matches none."""
+  types = {type(variable).__name__ for _, variable in nnx.to_flat_state(state)}
+  if types:
+    raise UsageError(
+      f"wrt={getattr(wrt, '__name__', wrt)} matches none of the model's "
+      f"variables, so that nothing would be trained; its variables are of type "
+      f"{' and '.join(sorted(types))}"
+    )
 
 
 def _is_function(model: Any) -> bool:

@@ -205,3 +205,19 @@ def test_a_loss_in_the_place_of_the_model_is_refused():
   for given in ((loss_fn, model), (model, batch(0), loss_fn)):
     with pytest.raises(UsageError, match=words):
       optimizer.minimize(*given, batch(0))
+
+
+def test_a_filter_that_matches_no_variable_is_refused():
+  model = Model(nnx.Rngs(0))
+  words = "wrt=LoRAParam matches none .* are of type BatchStat and Param$"
+  for given in (model, nnx.eval_shape(lambda: model), {"a": model}):
+    with pytest.raises(UsageError, match=words):
+      flax_mechanic.Optimizer(given, optax.sgd(0.1), wrt=nnx.LoRAParam)
+
+
+@pytest.mark.parametrize(
+  "model", [nnx.Dict(), nnx.Dropout(0.1, rngs=nnx.Rngs(0))]
+)
+def test_a_model_may_have_nothing_to_train(model):
+  optimizer = flax_mechanic.Optimizer(model, mechanize(optax.sgd(0.1)))
+  assert optimizer.minimize(model, lambda model: jnp.ones([])) == 1

@@ -684,3 +684,22 @@ def test_each_member_of_an_ensemble_is_read_alone(tx):
     name: value.shape for name, value in stacked.items()
   }
   assert_close(found, stacked, 1e-5)
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["muon", "galore", "adafactor", "novograd", "dog", "schedule_free"],
+)
+def test_parameters_may_be_numbers(name):
+  tx = build(name)
+
+  def train(x):
+    state = tx.init(x)
+    for _ in range(2):
+      grads = jax.tree.map(jnp.ones_like, x)
+      updates, state = tx.update(grads, state, x)
+      x = optax.apply_updates(x, updates)
+    return x, state
+
+  numbers = {"a": 1.0, "b": -2.0}
+  assert_equal(train(numbers), train(jax.tree.map(jnp.float32, numbers)))

@@ -26,13 +26,20 @@ def own_buffers(
 ) -> optax.GradientTransformationExtraArgs:
   """Makes the state of `tx` safe to donate together with the parameters.
 
+  These may be Python's numbers, which are made arrays.
+
   Several of optax's states hold the parameters themselves, one array of zeros
   several times, or an array that every `init` returns (optax 0.2.8). The copies
   that separate them vanish when `init` is compiled.
   """
   tx = optax.with_extra_args_support(tx)
+  arrays = functools.partial(jax.tree.map, jnp.asarray)
+
+  def update(updates, state, params=None, **extra_args):
+    return tx.update(updates, state, arrays(params), **extra_args)
+
   return optax.GradientTransformationExtraArgs(
-    lambda params: jax.tree.map(jnp.copy, tx.init(params)), tx.update
+    lambda params: jax.tree.map(jnp.copy, tx.init(arrays(params))), update
   )
 
 

@@ -51,8 +51,11 @@ def test_closing_ends_the_thread():
 
 def test_a_load_that_never_returns_does_not_keep_the_process():
   code = """
+import signal
 import threading
 from train import prefetch
+# What a shell starts with & ignores it, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 results = prefetch.ahead(lambda _: threading.Event().wait(), range(3))
 print(flush=True)
 next(results)

@@ -77,6 +77,7 @@ def test_a_run_that_started_from_another_resumes(source, tmp_path, capsys):
   assert metrics(tmp_path / "run")[-1]["step"] == 20
 
 
+@pytest.mark.slow
 def test_a_run_with_checkpoints_starts_from_no_other(source, tmp_path, capsys):
   def resume(run, num_steps, **fields):
     fields |= {"num_steps": num_steps, "schedule__warmup_steps": 0}

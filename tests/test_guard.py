@@ -587,7 +587,7 @@ def test_a_checkpoint_is_saved_if_every_other_gradient_is_skipped(
   assert saved_steps(tmp_path) == [6, 9]
 
 
-@pytest.mark.parametrize("last", [9, 40])
+@pytest.mark.parametrize("last", [9, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_run_of_bad_gradients_resumes_from_before(
   tmp_path, monkeypatch, bad_job, last
 ):

@@ -615,7 +615,10 @@ def test_injected_mechanic_trains_is_donated_and_read():
   np.testing.assert_allclose(found["mechanic/scale"], s.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mechanic", "schedule_free"])
+@pytest.mark.parametrize(
+  "name",
+  ["mechanic", pytest.param("schedule_free", marks=pytest.mark.slow)],
+)
 def test_parts_are_read_as_each_would_be_alone(name):
   tx = build(name, **under("schedule_free", base="mechanic"))
   params = {"a": network.params(), "b": jnp.ones(3)}

@@ -38,6 +38,8 @@ def check_fields(config: ConfigDict) -> None:
   expected = default.get_config()
   # `make_optimizer` checks the methods' options.
   expected.opt = ConfigDict()
+  if config.get("learning_rate") is None:  # If nothing is tuned.
+    del expected.learning_rate
   _check_types(config, expected, "config")
   for field, (low, limit) in _RANGES.items():
     if not low <= config[field] < limit:

@@ -365,7 +365,7 @@ def _check_finite(params: optax.Params, where: str) -> None:
     multihost_utils.process_allgather(np.array([*finite.values()])),
     (-1, len(finite)),
   )
-  for path, ok in zip(finite, votes.all(0), strict=True):
+  for path, ok in zip(finite, np.logical_and.reduce(votes), strict=True):
     if not ok:
       raise UsageError(
         f"array {path} of {where} is not finite, so the run had diverged by "

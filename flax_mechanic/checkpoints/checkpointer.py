@@ -456,7 +456,9 @@ class Checkpointer:
     fits = np.reshape(
       multihost_utils.process_allgather(np.array(fits)), (-1, len(narrower))
     )
-    for (path, array), fit in zip(narrower.items(), fits.all(0), strict=True):
+    for (path, array), fit in zip(
+      narrower.items(), np.logical_and.reduce(fits), strict=True
+    ):
       if not fit:
         raise UsageError(
           f"array {path} of {self._folder(step)[1]} is too large for "

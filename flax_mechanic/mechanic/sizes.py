@@ -139,10 +139,7 @@ def judge(
   Returns:
     What to do, and what is known now.
   """
-  squares = jnp.ravel(squares)
-  norms = jnp.sqrt(jnp.append(jnp.sum(squares), squares)).astype(
-    state.peak.dtype
-  )
+  norms = _norms(squares).astype(state.peak.dtype)
   norm, peak = norms[0], state.peak[0]
   finite = jnp.isfinite(norm) & finite
   judged = finite & (norm > 0) & (jnp.asarray(factor) > 0)
@@ -195,9 +192,7 @@ def judge(
   )
   before_it = jnp.where(restart, 0.0, state.largest)
   skipped = ~ok
-  has_changed = lasting & (pending > 0) & (state.peak > 0)
-  change = jnp.where(has_changed, pending, 1.0)
-  change /= jnp.where(has_changed, state.peak, 1.0)
+  change = _ratio(pending, state.peak, lasting)
   return Verdict(ok & known, restart, lasting, change), Sizes(
     peak=new_peak,
     largest=jnp.maximum(before_it, new_peak),
@@ -213,3 +208,15 @@ def judge(
     skipped=state.skipped + skipped.astype(jnp.int32),
     skipped_in_a_row=jnp.where(skipped, state.skipped_in_a_row + 1, 0),
   )
+
+
+def _norms(squares: jax.Array) -> jax.Array:
+  """Returns the norm of the whole and those of its parts, [1 + parts]."""
+  squares = jnp.ravel(squares)
+  return jnp.sqrt(jnp.append(jnp.sum(squares), squares))
+
+
+def _ratio(new: jax.Array, old: jax.Array, lasting: jax.Array) -> jax.Array:
+  """Returns new / old where a change is lasting and both are known, else 1."""
+  has_changed = lasting & (new > 0) & (old > 0)
+  return jnp.where(has_changed, new, 1.0) / jnp.where(has_changed, old, 1.0)
